@@ -21,7 +21,6 @@ The variant that trains on it: `diff ebgan.py ebgan_pt.py`.
 
 import argparse
 import ctypes
-import functools
 import glob
 import hashlib
 import io
@@ -40,9 +39,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as transforms
@@ -50,29 +49,11 @@ from torchvision.utils import save_image
 
 CHECKPOINT = "checkpoint.pt"  # where it lies in a run's folder
 LOG_EVERY = 20  # steps from one row of the log to the next
-RUN_ONLY = (
-    "device",
-    "max_steps",
-    "out_dir",
-    "resume",
-    "generate",
-)  # not in a checkpoint
-LOG_FIELDS = (
-    *(
-        "step",
-        "epoch",
-        "real_energy",
-        "fake_energy",
-        "hinge_active",
-        "pullaway",
-        "images_per_s",
-    ),
-    *("score", "frechet", "classes", "real_score", "real_frechet", "real_classes"),
-)
-
-# ---------------------------------------------------------------------------- flags
+LOG_HEADER = "step,epoch,real_energy,fake_energy,hinge_active,pullaway,images_per_s"
+LOG_HEADER += ",score,frechet,classes,real_score,real_frechet,real_classes\n"
 
 
+# ------------------------------------------------------------------------------ flags
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read and check the flags; a resumed run brings its own as defaults.
 
@@ -89,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser("ebgan.py", argparse.SUPPRESS, allow_abbrev=False)
     flag, count, decay = parser.add_argument, number(int, 1), number(float, 0, 1)
-    names = "digits mnist fashion-mnist kmnist cifar10 svhn folder".split()
+    names = ["digits", "mnist", "fashion-mnist", "kmnist", "cifar10", "svhn", "folder"]
     flag("--n_epochs", type=count, default=200, help="passes over the data [200]")
     flag("--batch_size", type=number(int, 2), default=64, help="images a step [64]")
     flag("--lr", type=number(float, 1e-12), default=2e-4, help="Adam's rate [0.0002]")
@@ -109,12 +90,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--seed", type=number(int, 0), default=0, help="of all random draws [0]")
     flag("--device", help="cpu, cuda, cuda:1, mps [cuda, else mps, else cpu]")
     flag("--amp", action="store_true", help="bfloat16, but energies float32 [off]")
-    flag("--max_steps", type=count, default=math.inf, help="stop early [no limit]")
+    flag("--max_steps", type=count, help="stop after that many steps [no limit]")
     flag("--resume", nargs="?", const="", help="checkpoint or run's folder [newest]")
     flag("--generate", type=count, help="write that many pictures of a run, and end")
     flag("--n_eval", type=number(int, 2), default=5000, help="images to score [5000]")
     flag("--eval_interval", type=count, default=1, help="epochs between scores [1]")
-    parser.set_defaults(script="ebgan", world=int(os.environ.get("WORLD_SIZE", 1)))
+    parser.set_defaults(script="ebgan", world=int(os.environ.get("WORLD_SIZE", "1")))
     opt = given = parser.parse_args(argv)
     try:
         if opt.resume is not None or opt.generate:
@@ -124,71 +105,52 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             opt = parser.parse_args(argv)
             opt.script, opt.world, opt.resume = given.script, given.world, path
             # a run can be made longer or shown otherwise; the rest makes it what it is
-            free = (
-                "n_epochs sample_interval n_cpu data_root n_eval eval_interval".split()
-            )
-            for key in ["script"] if opt.generate else sorted(saved.keys() - {*free}):
+            free = {"n_epochs", "n_cpu", "sample_interval", "data_root", "n_eval"}
+            free |= saved.keys() - {"script"} if opt.generate else {"eval_interval"}
+            for key in sorted(saved.keys() - free):
                 if (value := getattr(opt, key)) != saved[key]:
                     raise ValueError(f"--{key} {value}: {path} has {saved[key]}")
             home = Path(path).parents[CHECKPOINT.count("/")]
-            if opt.generate:
-                home /= "generated"
-            elif opt.out_dir and not home.samefile(opt.out_dir):
+            if opt.out_dir and not opt.generate and not home.samefile(opt.out_dir):
                 raise ValueError(f"--out_dir: a resumed run stays in {home}")
-            opt.out_dir = opt.out_dir or str(home)
+            opt.out_dir = opt.out_dir or f"{home}{'/generated' if opt.generate else ''}"
         elif opt.out_dir and any(Path(opt.out_dir).glob(CHECKPOINT)):
-            text = f"--out_dir {opt.out_dir} holds a run: choose another folder,"
-            raise ValueError(f"{text} or go on with --resume {opt.out_dir}")
+            text = "holds a run: choose another folder, or go on with --resume"
+            raise ValueError(f"--out_dir {opt.out_dir} {text} {opt.out_dir}")
         if opt.img_size % 4:
             raise ValueError(f"--img_size {opt.img_size} is not divisible by 4")
         folder = Path(opt.out_dir or "runs").absolute()
         folder = next(p for p in (folder, *folder.parents) if p.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise ValueError(f"--out_dir: can't write to {folder}")
-        opt.device = check_device(opt.device, opt.amp)
+        best = "mps" if torch.backends.mps.is_available() else "cpu"
+        opt.device = opt.device or ("cuda" if torch.cuda.is_available() else best)
+        torch.zeros(1, device=opt.device).item()  # fails where nothing can be computed
+        if opt.amp and not torch.amp.is_autocast_available(opt.device.split(":")[0]):
+            raise ValueError(f"--amp: no bfloat16 on {opt.device}")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        parser.error(f"--device {opt.device}: {str(error).splitlines()[0]}")
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if opt.margin is None:
-        opt.margin = max(1.0, opt.batch_size / 64)
+    opt.margin = max(1.0, opt.batch_size / 64) if opt.margin is None else opt.margin
     return opt
 
 
-def check_device(name: str | None, amp: bool) -> str:
-    """Return the name of a device that works, the best for None; raise ValueError."""
-    best = "mps" if torch.backends.mps.is_available() else "cpu"
-    name = name or ("cuda" if torch.cuda.is_available() else best)
-    try:
-        torch.zeros(1, device=name).item()  # "meta" holds no numbers, and fails here
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    cuda = name.startswith("cuda") and torch.cuda.is_bf16_supported()
-    if amp and not (cuda or name.startswith("cpu")):
-        raise ValueError(f"--amp: no bfloat16 on {name}")
-    return name
-
-
 def say(text: str, final: bool = True) -> None:
-    """Print a line (rank 0); on a terminal, the next one overwrites it unless final."""
+    """Print a line on rank 0; on a terminal the next one overwrites it, unless final."""
     if os.environ.get("RANK", "0") == "0":
-        if terminal := sys.stdout.isatty():
-            text = "\r\033[K" + (
-                text if final else text[: os.get_terminal_size()[0] - 1]
-            )
-        print(text, end="\n" if final or not terminal else "", flush=True)
+        start, end = ("\r\033[K", "") if sys.stdout.isatty() else ("", "\n")
+        print(start + text, end="\n" if final else end, flush=True)
 
 
-# ----------------------------------------------------------------------------- data
-
-
+# ------------------------------------------------------------------------------- data
 def rng(*key: int) -> torch.Generator:
     """Return a generator seeded by its key: each random draw is a function of numbers."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed) >> 1)
 
 
-def synthetic_digits(
-    n: int, img_size: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def synthetic_digits(n: int, img_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Draw n digits: images n x 1 x S x S uint8, white on black, and labels n int64.
 
     Pillow's font in three stroke widths, rotated, scaled, sheared and shifted at random.
@@ -197,8 +159,8 @@ def synthetic_digits(
     font = ImageFont.load_default(size=0.75 * size)
     for digit, stroke in itertools.product("0123456789", (0, 1, 2)):
         glyph, width = Image.new("L", (size, size)), stroke * size // 64
-        draw = ImageDraw.Draw(glyph)
-        draw.text((size / 2, size / 2), digit, 255, font, "mm", stroke_width=width)
+        text = ImageDraw.Draw(glyph).text
+        text((size / 2, size / 2), digit, 255, font, "mm", stroke_width=width)
         glyphs.append(torch.from_numpy(np.array(glyph, dtype=np.float32)))
     glyphs = F.interpolate(torch.stack(glyphs)[:, None], size=img_size, mode="area")
     draw = torch.Generator().manual_seed(seed)
@@ -211,13 +173,12 @@ def synthetic_digits(
     imgs = torch.empty(n, 1, img_size, img_size, dtype=torch.uint8)
     for part in torch.arange(n).split(1000):  # bounds the memory of the grid
         grid = F.affine_grid(maps[part], [len(part), 1, img_size, img_size], False)
-        imgs[part] = F.grid_sample(
-            glyphs[kinds[part]], grid, align_corners=False
-        ).byte()
+        warped = F.grid_sample(glyphs[kinds[part]], grid, align_corners=False)
+        imgs[part] = warped.round().to(torch.uint8)
     return imgs, labels
 
 
-def load_images(opt: argparse.Namespace) -> tuple[torch.Tensor | None, ...]:
+def load_images(opt: argparse.Namespace) -> tuple[Tensor | None, ...]:
     """Return train images, train labels, held-out images, held-out labels.
 
     Images are uint8 N x C x S x S, labels int64 N; data without classes has None for all
@@ -226,56 +187,45 @@ def load_images(opt: argparse.Namespace) -> tuple[torch.Tensor | None, ...]:
     """
     if opt.dataset == "folder":
         return load_folder(opt)
+    name, root, parts = opt.dataset or "mnist", Path(opt.data_root), []
+    new = not root.exists()
+    socket.setdefaulttimeout(10)  # seconds until a download gives up
     try:
-        sets = [
-            load_split(opt.dataset or "mnist", opt, part) for part in ("train", "test")
-        ]
+        for split, n in ("train", 20000), ("test", 5000):
+            if name == "digits":
+                imgs, labels = synthetic_digits(n, opt.img_size, seed=n)
+            else:
+                which = (
+                    {"split": split} if name == "svhn" else {"train": split == "train"}
+                )
+                kind = {"fashion-mnist": "FashionMNIST"}.get(name, name.upper())
+                data = getattr(datasets, kind)(root, download=True, **which)
+                imgs, labels = zip(*((transforms.pil_to_tensor(x), y) for x, y in data))
+                imgs, labels = torch.stack(imgs), torch.tensor(labels)
+            size, opt.channels = [opt.img_size] * 2, opt.channels or imgs.shape[1]
+            imgs = torch.cat([transforms.resize(x, size) for x in imgs.split(5000)])
+            grey = opt.channels < imgs.shape[1]
+            imgs = transforms.rgb_to_grayscale(imgs) if grey else imgs
+            parts += [imgs.expand(-1, opt.channels, -1, -1), labels]
     except Exception as error:  # torchvision raises whatever it meets
+        if new:  # what a failed download leaves
+            shutil.rmtree(root, ignore_errors=True)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if opt.dataset:
             raise ValueError(
-                f"--dataset {opt.dataset} in {opt.data_root}: {reason}"
+                f"--dataset {name}, --data_root {root}: {reason}"
             ) from error
-        say(f"MNIST is not in {opt.data_root} and can't be downloaded ({reason}).")
+        say(f"MNIST is not in {root} and can't be downloaded ({reason}).")
         say("Training on the built-in digits instead (--dataset digits).")
-        opt.dataset = "digits"
-        return load_images(opt)
-    opt.dataset = opt.dataset or "mnist"
-    opt.channels = opt.channels or sets[0][0].shape[1]
-    if opt.channels < sets[0][0].shape[1]:
-        sets = [(transforms.rgb_to_grayscale(imgs), labels) for imgs, labels in sets]
-    (imgs, labels), (held_imgs, held_labels) = sets
-    shape = (-1, opt.channels, -1, -1)
-    return imgs.expand(shape), labels, held_imgs.expand(shape), held_labels
-
-
-def load_split(
-    name: str, opt: argparse.Namespace, split: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the "train" or "test" images, uint8 N x C x S x S, and their labels."""
-    size, root, train = opt.img_size, opt.data_root, split == "train"
-    if name == "digits":
-        return synthetic_digits(20000 if train else 5000, size, seed=int(train))
-    kind = getattr(datasets, {"fashion-mnist": "FashionMNIST"}.get(name, name.upper()))
-    new = not os.path.exists(root)
-    socket.setdefaulttimeout(10)  # seconds until a download gives up
-    try:
-        which = {"split": split} if name == "svhn" else {"train": train}
-        data = kind(root, download=True, **which)
-    except Exception:
-        if new:  # what a failed download leaves
-            shutil.rmtree(root, ignore_errors=True)
-        raise
+        name = opt.dataset = "digits"
+        parts = load_images(opt)
     finally:
         socket.setdefaulttimeout(None)
-    imgs, labels = zip(*((transforms.pil_to_tensor(img), label) for img, label in data))
-    parts = [
-        transforms.resize(part, [size, size]) for part in torch.stack(imgs).split(5000)
-    ]
-    return torch.cat(parts), torch.tensor(labels)
+    opt.dataset = name
+    return tuple(parts)
 
 
-def load_folder(opt: argparse.Namespace) -> tuple[torch.Tensor | None, ...]:
+def load_folder(opt: argparse.Namespace) -> tuple[Tensor | None, ...]:
     """Decode the pictures below ``opt.data_root`` once, into a memory map; see load_images.
 
     Two or more sub-folders become classes, and a tenth of the pictures is held out.
@@ -290,36 +240,33 @@ def load_folder(opt: argparse.Namespace) -> tuple[torch.Tensor | None, ...]:
     def decode(path: str) -> bytes:
         try:
             with Image.open(path) as img:
-                if opt.channels is None:
-                    opt.channels = (
-                        1 if img.mode in ("1", "L", "LA", "I", "I;16", "F") else 3
-                    )
+                grey = img.mode in ("1", "L", "LA", "I", "I;16", "F")
+                opt.channels = opt.channels or (1 if grey else 3)
                 img = img.convert("L" if opt.channels == 1 else "RGB")
             return ImageOps.fit(img, (size, size)).tobytes()  # cropped to a square
         except Exception as error:  # Pillow raises many kinds
             raise ValueError(f"{path} cannot be decoded: {error}") from error
 
-    decode(paths[0])
+    decode(paths[0])  # settles the channels
     stats = [(path, os.path.getsize(path), os.path.getmtime(path)) for path in paths]
     digest = hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
     name = f".ebgan_cache/{size}x{size}x{opt.channels}-{digest}.uint8"
     file = Path(root, name)
     if not file.exists() and not os.access(root, os.W_OK):
-        file = Path(claim_out_dir(opt), name)
+        file = Path("runs", name)
     if not file.exists():
-        partial = file.with_suffix(f".{os.getpid()}")
-        file.parent.mkdir(exist_ok=True)
+        file.parent.parent.mkdir(exist_ok=True)
+        partial = Path(f"{file.parent}.{os.getpid()}")
         try:
             with open(partial, "wb") as f, ThreadPool(opt.n_cpu) as pool:
-                for i, pixels in enumerate(pool.imap(decode, paths, chunksize=16)):
+                for i, pixels in enumerate(pool.imap(decode, paths, chunksize=16), 1):
                     f.write(pixels)
-                    if i % 500 == 499:
-                        say(f"decoded {i + 1} of {len(paths)} pictures", final=False)
+                    if i % 500 == 0:
+                        say(f"decoded {i} of {len(paths)} pictures", final=False)
+            file.parent.mkdir(exist_ok=True)
             os.replace(partial, file)
         finally:
             partial.unlink(missing_ok=True)
-            if not any(file.parent.iterdir()):
-                file.parent.rmdir()
     shape = (len(paths), size, size, opt.channels)
     imgs = torch.from_file(str(file), size=math.prod(shape), dtype=torch.uint8)
     imgs = imgs.view(shape).permute(0, 3, 1, 2)
@@ -331,47 +278,42 @@ def load_folder(opt: argparse.Namespace) -> tuple[torch.Tensor | None, ...]:
     return imgs[held:], labels[held:], imgs[:held], labels[:held]
 
 
-def to_float(imgs: torch.Tensor, index: torch.Tensor, device: str) -> torch.Tensor:
+def to_float(imgs: Tensor, index: Tensor, device: str) -> Tensor:
     """Return the indexed uint8 images as float32 in [-1, 1] on the device."""
     batch = imgs[index.to(imgs.device)].to(device, non_blocking=True)
     return batch.float().div_(127.5).sub_(1)
 
 
-# --------------------------------------------------------------------------- models
-
-
+# ----------------------------------------------------------------------------- models
 class UpsampleConv2d(nn.Conv2d):
-    """Nearest x2 upsampling followed by a 3x3 convolution with padding 1, as one operation.
+    """Nearest x2 upsampling, then a 3x3 convolution: N x C x H x W -> N x C' x 2H x 2W.
 
-    N x C x H x W -> N x C' x 2H x 2W. Of the nine taps, those that meet the same input
-    pixel are summed first: a transposed convolution with a 4x4 kernel, stride 2, which
-    needs 4 instead of 9 products per output pixel and never stores the large input.
+    The taps that meet the same input pixel are summed first, which makes it a transposed
+    convolution, 4x4 with stride 2: 4 instead of 9 products, and no large input in memory.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size=3, stride=1, padding=1):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         kernel = self.weight.flip(2, 3).transpose(0, 1)
         kernel = F.avg_pool2d(
             kernel, 2, stride=1, padding=1, divisor_override=1
         )  # sums
         out = F.conv_transpose2d(x, kernel, stride=2, padding=1)
-        return out.add_(
-            self.bias.to(out.dtype).view(-1, 1, 1)
-        )  # faster than in the conv
+        return out.add_(self.bias.to(out.dtype).view(-1, 1, 1))  # faster than inside
 
 
 class Generator(nn.Module):
-    """G: noise z, N x latent_dim -> images N x channels x img_size x img_size in [-1, 1]."""
+    """G: noise N x latent_dim -> images N x channels x img_size x img_size in [-1, 1]."""
 
     def __init__(self, img_size: int = 32, channels: int = 1, latent_dim: int = 62):
         super().__init__()
-        self.size = img_size // 4
-        self.linear = nn.Linear(latent_dim, 128 * self.size**2)
+        self.shape = (128, img_size // 4, img_size // 4)
+        self.linear = nn.Linear(latent_dim, math.prod(self.shape))
         self.blocks = nn.Sequential(
             UpsampleConv2d(128, 128),
-            nn.BatchNorm2d(128, 0.8),  # eps: as in the widely used listing
+            nn.BatchNorm2d(128, 0.8),  # 0.8 is eps, as in the widely used listing
             nn.LeakyReLU(0.2, inplace=True),
             UpsampleConv2d(128, 64),
             nn.BatchNorm2d(64, 0.8),
@@ -379,14 +321,11 @@ class Generator(nn.Module):
             nn.Conv2d(64, channels, 3, padding=1),
             nn.Tanh(),
         )
-        for layer in self.blocks:
-            if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, 0, 0.02)
-            elif isinstance(layer, nn.BatchNorm2d):
-                nn.init.normal_(layer.weight, 1, 0.02)
+        for i, mean in {0: 0, 1: 1, 3: 0, 4: 1, 6: 0}.items():
+            nn.init.normal_(self.blocks[i].weight, mean, 0.02)
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        x = self.linear(z).view(-1, 128, self.size, self.size)
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.linear(z).unflatten(1, self.shape)
         return self.blocks(x.contiguous(memory_format=torch.channels_last))
 
 
@@ -396,11 +335,9 @@ class Discriminator(nn.Module):
     def __init__(self, img_size: int = 32, channels: int = 1):
         super().__init__()
         shape = (64, img_size // 2, img_size // 2)
-        self.down = nn.Sequential(
-            nn.Conv2d(channels, 64, 3, 2, 1), nn.ReLU(inplace=True)
-        )
-        self.embed = nn.Linear(math.prod(shape), 32)
-        self.decode = nn.Sequential(
+        down, code = nn.Conv2d(channels, 64, 3, 2, 1), nn.Linear(math.prod(shape), 32)
+        self.encoder = nn.Sequential(down, nn.ReLU(inplace=True), nn.Flatten(), code)
+        self.decoder = nn.Sequential(
             nn.BatchNorm1d(32, 0.8),
             nn.ReLU(inplace=True),
             nn.Linear(32, math.prod(shape)),
@@ -409,50 +346,44 @@ class Discriminator(nn.Module):
             nn.Unflatten(1, shape),
             UpsampleConv2d(64, channels),
         )
-        for conv in (self.down[0], self.decode[-1]):
-            nn.init.normal_(conv.weight, 0, 0.02)
+        nn.init.normal_(down.weight, 0, 0.02)
+        nn.init.normal_(self.decoder[-1].weight, 0, 0.02)
 
-    def forward(self, imgs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        embedding = self.embed(self.down(imgs).flatten(1))
-        return self.decode(embedding), embedding
-
-
-# --------------------------------------------------------------------------- losses
+    def forward(self, imgs: Tensor) -> tuple[Tensor, Tensor]:
+        embedding = self.encoder(imgs)
+        return self.decoder(embedding), embedding
 
 
-def energy(recon: torch.Tensor, imgs: torch.Tensor) -> torch.Tensor:
-    """U(x): mean squared error of each image's reconstruction, N x C x S x S -> N."""
+# ----------------------------------------------------------------------------- losses
+def energy(recon: Tensor, imgs: Tensor) -> Tensor:
+    """U(x): each image's mean squared error of reconstruction, N x C x S x S -> N."""
     dtype = torch.promote_types(recon.dtype, torch.float32)  # bfloat16 is too coarse
     return (recon.to(dtype) - imgs.to(dtype)).square().flatten(1).mean(1)
 
 
 def discriminator_loss(
-    real_energy: torch.Tensor, fake_energy: torch.Tensor, margin: float
-) -> torch.Tensor:
-    """L_D (eq. 1) from the energies of N real and N generated images; hinge per sample."""
+    real_energy: Tensor, fake_energy: Tensor, margin: float
+) -> Tensor:
+    """L_D (eq. 1) from the energies, N each, of real and generated images, and m >= 0."""
     return real_energy.mean() + (margin - fake_energy).clamp(min=0).mean()
 
 
-def pullaway_loss(embeddings: torch.Tensor) -> torch.Tensor:
+def pullaway_loss(embeddings: Tensor) -> Tensor:
     """f_PT (section 2.4): mean squared cosine of the pairs i != j, N x E -> [0, 1].
 
     A zero embedding is orthogonal to all; a single embedding has no pair and gives 0.
     """
     n = len(embeddings)
-    with torch.autocast(embeddings.device.type, enabled=False):
+    with torch.autocast(embeddings.device.type, enabled=False):  # never in bfloat16
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
         unit = F.normalize(embeddings.to(dtype), dim=1)
         cosines = (unit @ unit.T).masked_fill(torch.eye(n, device=unit.device) > 0, 0)
         return cosines.square().sum() / max(n * (n - 1), 1)
 
 
-# ----------------------------------------------------------------------- evaluation
-
-
-def train_classifier(
-    imgs: torch.Tensor, labels: torch.Tensor, device: str
-) -> nn.Sequential:
-    """Fit a small network to uint8 images; it returns logits, its [0] 64 features."""
+# ------------------------------------------------------------------------- evaluation
+def train_classifier(imgs: Tensor, labels: Tensor, device: str) -> nn.Sequential:
+    """Fit a small network to uint8 images; it returns logits, its first part features."""
     layers, widths = [], (imgs.shape[1], 32, 64, 64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -465,13 +396,12 @@ def train_classifier(
             nn.Linear(1024, 64),
             nn.ReLU(),
         ]
-        head = nn.Linear(64, int(labels.max()) + 1)
-    classifier = nn.Sequential(nn.Sequential(*layers), head).to(device)
+        logits = nn.Linear(64, int(labels.max()) + 1)
+    classifier = nn.Sequential(nn.Sequential(*layers), logits).to(device)
     adam = torch.optim.Adam(classifier.parameters(), fused=True)
-    rate = torch.optim.lr_scheduler.OneCycleLR(adam, max_lr=5e-3, total_steps=500)
-    draw = rng(0)
-    for _ in range(500):
-        index = torch.randint(len(imgs), (256,), generator=draw)
+    rate = torch.optim.lr_scheduler.OneCycleLR(adam, max_lr=5e-3, total_steps=300)
+    for step in range(300):
+        index = torch.randint(len(imgs), (256,), generator=rng(step))
         logits = classifier(to_float(imgs, index, device))
         adam.zero_grad()
         F.cross_entropy(logits, labels[index].to(device)).backward()
@@ -480,15 +410,13 @@ def train_classifier(
     return classifier.eval()
 
 
-def evaluate(
-    log_probs: torch.Tensor, features: torch.Tensor, real_features: torch.Tensor
-) -> dict[str, float]:
-    """Score images by a classifier's log p(y|x), N x K, and features, N x F (float64).
+def evaluate(log_probs: Tensor, features: Tensor, real_features: Tensor) -> list[float]:
+    """Score N images by a classifier's log p(y|x), N x K, and features, N x F (float64).
 
-    score: I' = E_x KL(p(y) || p(y|x)), higher is better. frechet: Frechet distance to the
-    features of real images, lower is better. classes: those with 1 % of the images.
+    Returns I' = E_x KL(p(y) || p(y|x)), higher is better; the Frechet distance to the
+    features of real images, lower is better; the classes that get 1 % of the images.
     """
-    log_probs = log_probs.clamp(min=-20)  # else one sure image outweighs all the others
+    log_probs = log_probs.clamp(min=-20)  # or one sure image would outweigh the others
     marginal = log_probs.exp().mean(0)
     score = (marginal * (marginal.log() - log_probs)).sum(1).mean()
     shift = (features.mean(0) - real_features.mean(0)).square().sum()
@@ -498,93 +426,66 @@ def evaluate(
     cross = torch.linalg.eigvalsh(root @ real_cov @ root).clamp(min=0).sqrt().sum()
     frechet = shift + cov.trace() + real_cov.trace() - 2 * cross
     classes = (log_probs.argmax(1).bincount() >= 0.01 * len(log_probs)).sum()
-    return {"score": score.item(), "frechet": frechet.item(), "classes": classes.item()}
+    return [score.item(), frechet.item(), classes.item()]
 
 
 class Scorer:
-    """Scores a generator with a classifier that its first call trains on the real images."""
+    """Scores generators with a classifier that the first call trains on the real images."""
 
-    def __init__(self, opt: argparse.Namespace, data: tuple[torch.Tensor | None, ...]):
+    def __init__(self, opt: argparse.Namespace, data: tuple[Tensor | None, ...]):
         self.opt, self.data, self.classifier = opt, data, None
 
     @torch.no_grad()
-    def look(self, batches) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return log p(y|x) and features, in float64, of batches of images in [-1, 1]."""
+    def judge(self, batches) -> tuple[Tensor, Tensor]:
+        """Return log p(y|x) and features (float64) of batches of images in [-1, 1]."""
         features = torch.cat([self.classifier[0](imgs) for imgs in batches])
         logits = self.classifier[1](features)
         return logits.double().log_softmax(1).cpu(), features.double().cpu()
 
-    def __call__(self, generator: Generator, seed: int) -> dict[str, float]:
-        """Return the figures of ``evaluate``, and those of real images as real_*."""
+    def __call__(self, generator: Generator, seed: int) -> list[float]:
+        """Return ``evaluate`` of generated images and of real ones; [] without classes."""
         imgs, labels, held_imgs, held_labels = self.data
-        device, places = self.opt.device, torch.arange(self.opt.n_eval)
+        n, device = self.opt.n_eval, self.opt.device
+        if labels is None:
+            return []
         if self.classifier is None:
-            with torch.enable_grad():
-                self.classifier = train_classifier(imgs, labels, device)
-            real, held = (
-                self.look(to_float(x, i, device) for i in places[: len(x)].split(500))
-                for x in (imgs, held_imgs)
-            )
+            self.classifier = train_classifier(imgs, labels, device)
+            parts = [torch.arange(min(n, len(x))).split(500) for x in (imgs, held_imgs)]
+            real = self.judge(to_float(imgs, i, device) for i in parts[0])
+            held = self.judge(to_float(held_imgs, i, device) for i in parts[1])
             self.features, self.real = held[1], evaluate(*real, held[1])
-            right = held[0].argmax(1) == held_labels[: len(places)]
-            text = " ".join(f"{key} {value:.4g}" for key, value in self.real.items())
-            say(
-                f"classifier: {right.double().mean():.2%} of held-out right; real: {text}"
-            )
-        z = torch.randn(len(places), self.opt.latent_dim, generator=rng(seed, 3))
-        fakes = evaluate(
-            *self.look(sample(generator, part) for part in z.split(500)), self.features
-        )
-        return fakes | {f"real_{key}": value for key, value in self.real.items()}
+            right = (held[0].argmax(1) == held_labels[:n]).double().mean()
+            say(f"classifier: {right:.2%} of the held-out images right")
+        z = torch.randn(n, self.opt.latent_dim, generator=rng(seed, 3))
+        fake = self.judge(sample(generator, part) for part in z.split(500))
+        return evaluate(*fake, self.features) + self.real
 
 
 @torch.no_grad()
-def sample(generator: Generator, z: torch.Tensor) -> torch.Tensor:
-    """Return G(z) under the running batch statistics: z alone decides the picture."""
+def sample(generator: Generator, z: Tensor) -> Tensor:
+    """Return G(z) by the running batch statistics: a picture depends on its z alone."""
     imgs = generator.eval()(z.to(next(generator.parameters()).device))
     generator.train()
     return imgs
 
 
-# ---------------------------------------------------------------------- checkpoints
-
-
-def claim_out_dir(opt: argparse.Namespace) -> str:
-    """Create the run's folder and return it; the default name counts up to a free one."""
-    for i in itertools.count(1):
-        folder = opt.out_dir or f"runs/{opt.script}" + f"-{i}" * (i > 1)
-        try:
-            os.makedirs(folder, exist_ok=opt.out_dir is not None)
-            opt.out_dir = folder
-            return folder
-        except FileExistsError:
-            if opt.out_dir:
-                raise
-
-
+# ------------------------------------------------------------------------ checkpoints
 def find_checkpoint(where: str, script: str) -> str:
-    """Return the checkpoint at a path: a file, or a folder's newest; "" is any run's."""
-    if os.path.isfile(where):
-        return where
-    runs = [
-        run
-        for run in Path("runs").glob("*")
-        if run.name.rstrip("-0123456789") == script
-    ]
+    """Return the checkpoint at a path: a file, or the newest of a folder, of "" any run."""
+    runs = [p for p in Path("runs").glob("*") if p.name.rstrip("-0123456789") == script]
     folders = [Path(where)] if where else runs
     files = [file for folder in folders for file in folder.glob(CHECKPOINT)]
+    files = [where] if os.path.isfile(where) else files
     if not files:
-        raise ValueError(f"--resume: no {CHECKPOINT} in {where or 'runs/' + script}")
+        raise ValueError(f"--resume: no {CHECKPOINT} in {where or f'runs/{script}'}")
     return str(max(files, key=os.path.getmtime))
 
 
 def read_checkpoint(path: str) -> dict:
-    """Load a checkpoint, running no code from it; ValueError if it isn't a whole one."""
+    """Load a checkpoint, running no code from it; ValueError unless it is a whole one."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert {"script", "seed"} <= checkpoint["options"].keys() and checkpoint[
-            "step"
-        ] > 0
+        assert checkpoint["options"]["script"] and checkpoint["rows"] is not None
         return checkpoint
     except OSError:
         raise
@@ -594,7 +495,7 @@ def read_checkpoint(path: str) -> dict:
 
 
 def write_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Replace the file in one step, so that a whole checkpoint lies there at any time."""
+    """Replace the file in one step: a whole checkpoint lies there at any moment."""
     buffer, partial = io.BytesIO(), path.with_suffix(".partial")
     torch.save(checkpoint, buffer)
     try:
@@ -605,72 +506,61 @@ def write_checkpoint(path: Path, checkpoint: dict) -> None:
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OSError(
-            f"can't write {path}: {error.strerror}; the last one is kept"
-        ) from error
+        raise OSError(f"{path}: {error.strerror}; the one before it is kept") from error
 
 
-# ------------------------------------------------------------------------- training
-
-
-def prepare(opt: argparse.Namespace) -> tuple[tuple[torch.Tensor | None, ...], Scorer]:
-    """Set up the device and the process group, load the data and claim the run's folder."""
-    cuda = opt.device.startswith("cuda")
+# --------------------------------------------------------------------------- training
+def prepare(opt: argparse.Namespace) -> tuple[tuple[Tensor | None, ...], Scorer]:
+    """Set up the device and the process group, claim the run's folder, load the data."""
+    cuda, rank = opt.device.startswith("cuda"), int(os.environ.get("RANK", "0"))
     if cuda:
         opt.device = f"cuda:{os.environ['LOCAL_RANK']}" if opt.world > 1 else opt.device
         torch.cuda.set_device(opt.device)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32
-    elif sys.platform == "linux":
-        # glibc hands large tensors back to the system and gets them anew each step, page
-        # fault by page fault: let it keep them (1.2 times the images/s)
+    elif sys.platform == "linux":  # 1.2 times the images/s: else glibc gives each large
+        # tensor back to the system and gets it anew, page by page, in the next step
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-    rank = int(os.environ.get("RANK", 0))
     if opt.world > 1:  # a day: the others wait while rank 0 decodes pictures or scores
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
-    if rank == 0:
-        data = load_images(opt)
-        n = len(data[0])
-        if n < opt.batch_size * opt.world:
-            raise ValueError(
-                f"--batch_size {opt.batch_size}: there are only {n} images"
-            )
-        if vars(opt).setdefault("n_images", n) != n:
-            raise ValueError(f"--data_root: {n} images, but the run has {opt.n_images}")
-        claim_out_dir(opt)
-    if opt.world > 1:
-        shared = [vars(opt) | {"device": None}]
-        dist.broadcast_object_list(shared, device=torch.device("cpu"))
-        vars(opt).update(shared[0] | {"device": opt.device})
-        data = data if rank == 0 else load_images(opt)
+    for turn in range(
+        2
+    ):  # rank 0 first: it may download or decode what the others read
+        if turn == min(rank, 1):
+            data = load_images(opt)
+        if opt.world > 1:
+            dist.all_reduce(torch.zeros(1))
+    n = len(data[0])
+    if n < opt.batch_size * opt.world:
+        raise ValueError(f"--batch_size {opt.batch_size}: there are only {n} images")
+    if vars(opt).setdefault("n_images", n) != n:
+        raise ValueError(
+            f"--data_root: {n} images, but the run began with {opt.n_images}"
+        )
+    for i in itertools.count(1) if rank == 0 and opt.out_dir is None else ():
+        folder = f"runs/{opt.script}-{i}" if i > 1 else f"runs/{opt.script}"
+        if not os.path.exists(folder):
+            os.makedirs(folder)
+            opt.out_dir = folder
+            break
     if cuda and data[0].nbytes < torch.cuda.mem_get_info()[0] / 2:
         data = (data[0].to(opt.device), *data[1:])
     return data, Scorer(opt, data)
 
 
-def log_line(row: dict[str, float]) -> str:
-    """Return a row of the log as a line of CSV."""
-    cells = (row.get(name, "") for name in LOG_FIELDS)
-    return (
-        ",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in cells) + "\n"
-    )
-
-
-def train(opt: argparse.Namespace, prepared=None) -> dict[str, str]:
+def train(opt: argparse.Namespace, prepared=None) -> str:
     """Train as the flags say and return the last row of the log.
 
     ``prepared`` is what ``prepare(opt)`` returned, where several runs share it. Raises
     FloatingPointError for a loss that is not finite, SystemExit after a signal.
     """
     (imgs, *_), scorer = prepared or prepare(opt)
-    device, world, batch_size = torch.device(opt.device), opt.world, opt.batch_size
-    rank = int(os.environ.get("RANK", 0))
-    epoch_steps = len(imgs) // (batch_size * world)  # full batches only
-    total = int(min(opt.n_epochs * epoch_steps, opt.max_steps))
-
+    device, world, rank = opt.device, opt.world, int(os.environ.get("RANK", "0"))
+    epoch_steps = len(imgs) // (opt.batch_size * world)  # full batches only
+    total = min(opt.n_epochs * epoch_steps, opt.max_steps or sys.maxsize)
     torch.manual_seed(opt.seed)
     generator = Generator(opt.img_size, opt.channels, opt.latent_dim).to(device)
     discriminator = Discriminator(opt.img_size, opt.channels).to(device)
@@ -679,47 +569,47 @@ def train(opt: argparse.Namespace, prepared=None) -> dict[str, str]:
     optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
     parts = {"generator": generator, "discriminator": discriminator}
     parts |= {"optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
-    checkpoint = read_checkpoint(opt.resume) if opt.resume else {}
-    for name, part in parts.items() if opt.resume else ():
-        part.load_state_dict(checkpoint[name])
-    start = checkpoint.get("step", 0)
-    sums = checkpoint.get("sums", torch.zeros(5)).to(
-        device
-    )  # over the steps since a row
-    step_g, step_d = generator, discriminator
+    step, sums, rows = 0, torch.zeros(5), []  # sums: of the figures since the last row
+    if opt.resume:
+        checkpoint = read_checkpoint(opt.resume)
+        step, sums, rows = (checkpoint[key] for key in ("step", "sums", "rows"))
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+    logged, sums = step - int(sums[-1]), sums.to(device)
+    net_g, net_d = generator, discriminator
     if world > 1:
-        step_g = DistributedDataParallel(generator, broadcast_buffers=False)
-        step_d = DistributedDataParallel(discriminator, broadcast_buffers=False)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.amp)
+        net_g = DistributedDataParallel(generator, broadcast_buffers=False)
+        net_d = DistributedDataParallel(discriminator, broadcast_buffers=False)
+    autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=opt.amp)
     sample_z = torch.randn(64, opt.latent_dim, generator=rng(opt.seed, 2))
 
     def due(step: int) -> bool:
         return step % LOG_EVERY == 0 or step % epoch_steps == 0
 
-    folder, rows, caught = Path(opt.out_dir), checkpoint.get("rows", []), []
-    if start < total:  # a run that goes on has no last row yet
-        rows = [row for row in rows if due(row["step"])]
+    folder, caught = Path(opt.out_dir or ""), []
     if rank == 0:
+        if step < total:  # the row that ended a run is none of a longer run
+            rows = [row for row in rows if due(int(row.split(",")[0]))]
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        text = "".join(log_line(row) for row in rows)
-        (folder / "log.csv").write_text(",".join(LOG_FIELDS) + "\n" + text)
+        (folder / "log.csv").write_text("".join([LOG_HEADER, *rows]))
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, frame: caught.append(signum))
-    logged, tick_step, tick = start - int(sums[-1]), start, time.perf_counter()
-    for step in range(start + 1, total + 1):
-        epoch, i = divmod(step - 1, epoch_steps)
-        if i == 0 or step == start + 1:
+    tick, tick_step, order = time.perf_counter(), step, None
+    while step < total:
+        epoch, i = divmod(step, epoch_steps)
+        if order is None or i == 0:
             order = torch.randperm(len(imgs), generator=rng(opt.seed, 0, epoch))
-        first = (i * world + rank) * batch_size  # every rank takes its own images
-        real_imgs = to_float(imgs, order[first : first + batch_size], device)
+        step += 1
+        batch = order[(i * world + rank) * opt.batch_size :][: opt.batch_size]
+        real_imgs = to_float(imgs, batch, device)
         noise = rng(opt.seed, 1, step, rank)
-        z = torch.randn(batch_size, opt.latent_dim, generator=noise).to(device)
+        z = torch.randn(opt.batch_size, opt.latent_dim, generator=noise).to(device)
 
         # discriminator: real images to low energy, generated ones to the margin (eq. 1)
         with autocast:
-            gen_imgs = step_g(z)
-            real_recon, _ = step_d(real_imgs)
-            fake_recon, _ = step_d(gen_imgs.detach())
+            gen_imgs = net_g(z)
+            real_recon, _ = net_d(real_imgs)
+            fake_recon, _ = net_d(gen_imgs.detach())
         real_energy = energy(real_recon, real_imgs)
         fake_energy = energy(fake_recon, gen_imgs.detach())
         loss_d = discriminator_loss(real_energy, fake_energy, opt.margin)
@@ -727,7 +617,7 @@ def train(opt: argparse.Namespace, prepared=None) -> dict[str, str]:
         loss_d.backward()
         optimizer_d.step()
 
-        # generator: its images to low energy, through reconstruction and image (eq. 2)
+        # generator: its images to low energy, by reconstruction and by image (eq. 2)
         discriminator.requires_grad_(False)
         with autocast:
             recon, embedding = discriminator(gen_imgs)
@@ -740,13 +630,13 @@ def train(opt: argparse.Namespace, prepared=None) -> dict[str, str]:
 
         with torch.no_grad():  # the figures stay on the device until a row is due
             active = (fake_energy < opt.margin).float().mean()
-            figures = [real_energy.mean(), fake_energy.mean(), active, pullaway]
-            sums += torch.stack([*figures, (loss_d + loss_g).isfinite().float()])
+            finite = (loss_d + loss_g).isfinite().float()
+            figures = [real_energy.mean(), fake_energy.mean(), active, pullaway, finite]
+            sums += torch.stack(figures)
         stop = torch.tensor(caught[0] if caught else 0)
         if world > 1:
             dist.all_reduce(stop, op=dist.ReduceOp.MAX)  # all stop at the same step
-        last = step == total
-        save = last or bool(stop) or step % opt.sample_interval == 0
+        save = step == total or step % opt.sample_interval == 0 or stop > 0
         if rank == 0 and (due(step) or save):
             *means, n = sums.tolist()
             weights = [*generator.parameters(), *discriminator.parameters()]
@@ -757,77 +647,78 @@ def train(opt: argparse.Namespace, prepared=None) -> dict[str, str]:
                 raise FloatingPointError(
                     f"{text}; {folder} keeps the last good checkpoint"
                 )
-        if rank == 0 and (due(step) or last):
-            rate = (
-                (step - tick_step) * batch_size * world / (time.perf_counter() - tick)
-            )
-            row = dict(
-                zip(LOG_FIELDS, (step, epoch + 1, *(x / n for x in means), rate))
-            )
-            left = timedelta(seconds=round((total - step) * batch_size * world / rate))
-            energies = "real {real_energy:.4f} fake {fake_energy:.4f}".format_map(row)
-            figures = "active {hinge_active:.0%} pull-away {pullaway:.3f}".format_map(
-                row
-            )
-            text = f"epoch {epoch + 1}/{opt.n_epochs} step {step}/{total} {energies}"
-            say(f"{text} {figures} {rate:.0f} images/s, {left} left", final=last)
-            if last or step % (epoch_steps * opt.eval_interval) == 0:
-                row |= scorer(generator, opt.seed)
-            rows.append(row)
-            with open(folder / "log.csv", "a") as log:
-                log.write(log_line(row))
-        if rank == 0 and save:
-            imgs_now = sample(generator, sample_z)
-            for path in (folder / f"samples/{step}.png", folder / "samples.png"):
-                save_image(imgs_now, path, normalize=True, value_range=(-1, 1))
-            state = {name: part.state_dict() for name, part in parts.items()}
-            options = {k: v for k, v in vars(opt).items() if k not in RUN_ONLY}
-            state |= {"step": step, "sums": sums, "rows": rows, "options": options}
-            write_checkpoint(folder / "checkpoint.pt", state)
-        if due(step):
-            sums.zero_()
-            logged = step
-        if due(step) or save:
+            if due(step) or step == total:
+                means = [mean / n for mean in means]
+                images = opt.batch_size * world
+                rate = (step - tick_step) * images / (time.perf_counter() - tick)
+                text = f"epoch {epoch + 1}/{opt.n_epochs} step {step}/{total}"
+                text += " real {:.4f} fake {:.4f} active {:.0%} pt {:.3f}".format(
+                    *means
+                )
+                left = timedelta(seconds=round((total - step) * images / rate))
+                say(f"{text} {rate:.0f} images/s {left} left", final=False)
+                score = []
+                if step == total or step % (epoch_steps * opt.eval_interval) == 0:
+                    score = scorer(generator, opt.seed)
+                    text = "score {:.3f} frechet {:.2f} classes {} (real images: {:.3f} {:.2f} {})"
+                    say(text.format(*score) if score else "no classes, no score")
+                cells = [*(f"{x:.9g}" for x in (step, epoch + 1, *means, rate, *score))]
+                rows.append(",".join(cells + [""] * (13 - len(cells))) + "\n")
+                with open(folder / "log.csv", "a") as log:
+                    log.write(rows[-1])
+            if due(step):
+                logged = step
+                sums.zero_()
+            if save:
+                pictures = sample(generator, sample_z)
+                for name in ("samples.png", f"samples/{step}.png"):
+                    save_image(
+                        pictures, folder / name, normalize=True, value_range=(-1, 1)
+                    )
+                state = {name: part.state_dict() for name, part in parts.items()}
+                skip = ("device", "max_steps", "out_dir", "resume", "generate")
+                options = {
+                    key: value for key, value in vars(opt).items() if key not in skip
+                }
+                state |= {"step": step, "sums": sums, "rows": rows, "options": options}
+                write_checkpoint(folder / "checkpoint.pt", state)
             tick, tick_step = time.perf_counter(), step
         if stop:
-            say(f"stopped at step {step}; go on with --resume {folder}")
+            say(f"stopped after step {step}; go on with --resume {folder}")
             raise SystemExit(128 + int(stop))
-    say(f"done: {folder}/samples.png, {folder}/log.csv, {folder}/checkpoint.pt")
+    say(f"done: {folder}/samples.png, log.csv and checkpoint.pt")
     return rows[-1]
 
 
 def generate(opt: argparse.Namespace) -> None:
-    """Write ``opt.generate`` pictures and a grid of the first 64 from a checkpoint."""
-    os.makedirs(opt.out_dir, exist_ok=True)
-    generator = Generator(opt.img_size, opt.channels, opt.latent_dim).to(opt.device)
+    """Write ``opt.generate`` pictures from a checkpoint, and a grid of the first 64."""
+    generator = Generator(opt.img_size, opt.channels, opt.latent_dim)
     generator.load_state_dict(read_checkpoint(opt.resume)["generator"])
     z = torch.randn(opt.generate, opt.latent_dim, generator=rng(opt.seed, 4))
-    save = functools.partial(save_image, normalize=True, value_range=(-1, 1))
-    for i, img in enumerate(
-        itertools.chain(*(sample(generator, part) for part in z.split(64)))
-    ):
-        save(img, f"{opt.out_dir}/{i:05d}.png")
-    save(sample(generator, z[:64]), f"{opt.out_dir}/grid.png")
-    say(f"{opt.generate} pictures and grid.png in {opt.out_dir}")
+    folder, kwargs = Path(opt.out_dir), {"normalize": True, "value_range": (-1, 1)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, part in enumerate(z.split(64)):
+        imgs = sample(generator.to(opt.device), part)
+        for j, img in enumerate(imgs, 64 * i):
+            save_image(img, folder / f"{j:05d}.png", **kwargs)
+        if i == 0:
+            save_image(imgs, folder / "grid.png", **kwargs)
+    say(f"wrote {opt.generate} pictures and grid.png to {folder}")
 
 
-# ----------------------------------------------------------------------------- main
-
-
+# ------------------------------------------------------------------------------- main
 def main(argv: list[str] | None = None) -> int:
-    """Run the script and return its exit status; errors are one line on stderr."""
+    """Run the script and return its exit status; an error is one line on stderr."""
     opt = parse_args(argv)
     try:
         generate(opt) if opt.generate else train(opt)
-        return 0
     except (OSError, ValueError, FloatingPointError) as error:
-        print(f"ebgan.py: error: {error}", file=sys.stderr)
+        print(f"{opt.script}.py: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":

@@ -11,15 +11,14 @@ The discriminator is an auto-encoder; the energy of an image is its reconstructi
 This is the plain variant: the generator minimises L_G; f_PT is logged, not trained on.
 The variant that trains on it: `diff ebgan.py ebgan_pt.py`.
 
-    python ebgan.py --n_epochs 200 --batch_size 64       train (MNIST, or built-in digits)
-    python ebgan.py --amp --max_steps 1500               in bfloat16, and stop early
-    python ebgan.py --dataset folder --data_root photos --img_size 64
-    python ebgan.py --resume                             go on with the newest run
-    python ebgan.py --resume runs/ebgan --generate 64    write pictures from a run
-    torchrun --nproc_per_node=2 ebgan.py                 train on several devices
+    python ebgan.py --n_epochs 200 --batch_size 64     train on MNIST or built-in digits
+    python ebgan.py --resume                           go on with the newest run
+    python ebgan.py --generate 64                      write pictures from the newest run
+    torchrun --nproc_per_node=2 ebgan.py               train on several devices
 """
 
 import argparse
+import contextlib
 import ctypes
 import glob
 import hashlib
@@ -48,6 +47,13 @@ from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import save_image
 
 CHECKPOINT = "checkpoint.pt"  # where it lies in a run's folder
+TORCHVISION = {
+    "mnist": datasets.MNIST,
+    "fashion-mnist": datasets.FashionMNIST,
+    "kmnist": datasets.KMNIST,
+    "cifar10": datasets.CIFAR10,
+    "svhn": datasets.SVHN,
+}
 LOG_EVERY = 20  # steps from one row of the log to the next
 LOG_HEADER = "step,epoch,real_energy,fake_energy,hinge_active,pullaway,images_per_s"
 LOG_HEADER += ",score,frechet,classes,real_score,real_frechet,real_classes\n"
@@ -60,42 +66,41 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     Bad input ends the program with one line on stderr and exit status 2.
     """
 
-    def number(kind: type, least: float, below: float = math.inf):
-        def parse(text: str):
+    def at_least(least: float, kind: type = int, below: float = math.inf):
+        def number(text: str):
             if least <= kind(text) < below:
                 return kind(text)
             raise argparse.ArgumentTypeError(f"{text} is not in [{least}, {below})")
 
-        return parse
+        return number
 
     parser = argparse.ArgumentParser("ebgan.py", argparse.SUPPRESS, allow_abbrev=False)
-    flag, count, decay = parser.add_argument, number(int, 1), number(float, 0, 1)
-    names = ["digits", "mnist", "fashion-mnist", "kmnist", "cifar10", "svhn", "folder"]
+    flag, count, decay = parser.add_argument, at_least(1), at_least(0, float, 1)
+    names = ["digits", *TORCHVISION, "folder"]
     flag("--n_epochs", type=count, default=200, help="passes over the data [200]")
-    flag("--batch_size", type=number(int, 2), default=64, help="images a step [64]")
-    flag("--lr", type=number(float, 1e-12), default=2e-4, help="Adam's rate [0.0002]")
+    flag("--batch_size", type=at_least(2), default=64, help="images a step [64]")
+    flag("--lr", type=at_least(1e-12, float), default=2e-4, help="Adam's rate [0.0002]")
     flag("--b1", type=decay, default=0.5, help="Adam's decay of the mean [0.5]")
     flag("--b2", type=decay, default=0.999, help="Adam's decay of the square [0.999]")
     flag("--n_cpu", type=count, default=8, help="threads that decode a folder [8]")
     flag("--latent_dim", type=count, default=62, help="numbers in the noise z [62]")
-    flag(
-        "--img_size", type=number(int, 8), default=32, help="pixels, 4 divides it [32]"
-    )
+    flag("--img_size", type=at_least(8), default=32, help="a multiple of 4 [32]")
     flag("--channels", type=int, choices=(1, 3), help="grey or colour [as the data]")
     flag("--sample_interval", type=count, default=400, help="steps a checkpoint [400]")
-    flag("--margin", type=number(float, 0), help="energy [max(1, batch_size / 64)]")
+    flag("--margin", type=at_least(0, float), help="energy [max(1, batch_size / 64)]")
     flag("--dataset", choices=names, help="[mnist if it can be had, else digits]")
     flag("--data_root", default="data", help="folder of data sets or pictures [data]")
     flag("--out_dir", help="the run's folder [runs/<script>, then <script>-2, -3 ...]")
-    flag("--seed", type=number(int, 0), default=0, help="of all random draws [0]")
+    flag("--seed", type=at_least(0), default=0, help="of all random draws [0]")
     flag("--device", help="cpu, cuda, cuda:1, mps [cuda, else mps, else cpu]")
     flag("--amp", action="store_true", help="bfloat16, but energies float32 [off]")
     flag("--max_steps", type=count, help="stop after that many steps [no limit]")
     flag("--resume", nargs="?", const="", help="checkpoint or run's folder [newest]")
     flag("--generate", type=count, help="write that many pictures of a run, and end")
-    flag("--n_eval", type=number(int, 2), default=5000, help="images to score [5000]")
+    flag("--n_eval", type=at_least(2), default=5000, help="images to score [5000]")
     flag("--eval_interval", type=count, default=1, help="epochs between scores [1]")
-    parser.set_defaults(script="ebgan", world=int(os.environ.get("WORLD_SIZE", "1")))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    parser.set_defaults(script="ebgan", nproc_per_node=processes)
     opt = given = parser.parse_args(argv)
     try:
         if opt.resume is not None or opt.generate:
@@ -103,19 +108,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             saved = read_checkpoint(path)["options"]
             parser.set_defaults(**saved)
             opt = parser.parse_args(argv)
-            opt.script, opt.world, opt.resume = given.script, given.world, path
+            vars(opt).update(script=given.script, nproc_per_node=given.nproc_per_node)
+            opt.resume, home = path, Path(path).parents[CHECKPOINT.count("/")]
             # a run can be made longer or shown otherwise; the rest makes it what it is
-            free = {"n_epochs", "n_cpu", "sample_interval", "data_root", "n_eval"}
-            free |= saved.keys() - {"script"} if opt.generate else {"eval_interval"}
-            for key in sorted(saved.keys() - free):
+            fixed = saved.keys() - {"n_epochs", "max_steps", "n_cpu", "data_root"}
+            fixed -= {"sample_interval", "n_eval", "eval_interval"}
+            if opt.generate:
+                fixed = {"script", "img_size", "channels", "latent_dim"}
+                home /= "generated"
+            elif os.path.abspath(opt.out_dir or home) != os.path.abspath(home):
+                raise ValueError(f"--out_dir: a resumed run stays in {home}")
+            for key in sorted(fixed):
                 if (value := getattr(opt, key)) != saved[key]:
                     raise ValueError(f"--{key} {value}: {path} has {saved[key]}")
-            home = Path(path).parents[CHECKPOINT.count("/")]
-            if opt.out_dir and not opt.generate and not home.samefile(opt.out_dir):
-                raise ValueError(f"--out_dir: a resumed run stays in {home}")
-            opt.out_dir = opt.out_dir or f"{home}{'/generated' if opt.generate else ''}"
+            opt.out_dir = opt.out_dir or str(home)
         elif opt.out_dir and any(Path(opt.out_dir).glob(CHECKPOINT)):
-            text = "holds a run: choose another folder, or go on with --resume"
+            text = "holds a run: take another folder, or go on with --resume"
             raise ValueError(f"--out_dir {opt.out_dir} {text} {opt.out_dir}")
         if opt.img_size % 4:
             raise ValueError(f"--img_size {opt.img_size} is not divisible by 4")
@@ -140,6 +148,8 @@ def say(text: str, final: bool = True) -> None:
     """Print a line on rank 0; on a terminal the next one overwrites it, unless final."""
     if os.environ.get("RANK", "0") == "0":
         start, end = ("\r\033[K", "") if sys.stdout.isatty() else ("", "\n")
+        if not final:
+            text = text[: shutil.get_terminal_size().columns - 1]
         print(start + text, end="\n" if final else end, flush=True)
 
 
@@ -187,38 +197,33 @@ def load_images(opt: argparse.Namespace) -> tuple[Tensor | None, ...]:
     """
     if opt.dataset == "folder":
         return load_folder(opt)
-    name, root, parts = opt.dataset or "mnist", Path(opt.data_root), []
-    new = not root.exists()
+    name, root, parts = opt.dataset or "mnist", opt.data_root, []
+    new, size = not os.path.exists(root), [opt.img_size, opt.img_size]
     socket.setdefaulttimeout(10)  # seconds until a download gives up
     try:
         for split, n in ("train", 20000), ("test", 5000):
             if name == "digits":
                 imgs, labels = synthetic_digits(n, opt.img_size, seed=n)
             else:
-                which = (
-                    {"split": split} if name == "svhn" else {"train": split == "train"}
-                )
-                kind = {"fashion-mnist": "FashionMNIST"}.get(name, name.upper())
-                data = getattr(datasets, kind)(root, download=True, **which)
+                which = {"split": split} if name == "svhn" else {"train": n == 20000}
+                data = TORCHVISION[name](root, download=True, **which)
                 imgs, labels = zip(*((transforms.pil_to_tensor(x), y) for x, y in data))
                 imgs, labels = torch.stack(imgs), torch.tensor(labels)
-            size, opt.channels = [opt.img_size] * 2, opt.channels or imgs.shape[1]
             imgs = torch.cat([transforms.resize(x, size) for x in imgs.split(5000)])
-            grey = opt.channels < imgs.shape[1]
-            imgs = transforms.rgb_to_grayscale(imgs) if grey else imgs
+            opt.channels = opt.channels or imgs.shape[1]
+            if opt.channels < imgs.shape[1]:
+                imgs = transforms.rgb_to_grayscale(imgs)
             parts += [imgs.expand(-1, opt.channels, -1, -1), labels]
     except Exception as error:  # torchvision raises whatever it meets
-        if new:  # what a failed download leaves
-            shutil.rmtree(root, ignore_errors=True)
+        if new:
+            shutil.rmtree(root, ignore_errors=True)  # what a failed download leaves
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if opt.dataset:
-            raise ValueError(
-                f"--dataset {name}, --data_root {root}: {reason}"
-            ) from error
+            raise ValueError(f"--dataset {name} in {root}: {reason}") from error
         say(f"MNIST is not in {root} and can't be downloaded ({reason}).")
         say("Training on the built-in digits instead (--dataset digits).")
-        name = opt.dataset = "digits"
-        parts = load_images(opt)
+        opt.dataset = "digits"
+        return load_images(opt)
     finally:
         socket.setdefaulttimeout(None)
     opt.dataset = name
@@ -296,10 +301,8 @@ class UpsampleConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = self.weight.flip(2, 3).transpose(0, 1)
-        kernel = F.avg_pool2d(
-            kernel, 2, stride=1, padding=1, divisor_override=1
-        )  # sums
+        kernel, sums = self.weight.flip(2, 3).transpose(0, 1), {"divisor_override": 1}
+        kernel = F.avg_pool2d(kernel, 2, stride=1, padding=1, **sums)
         out = F.conv_transpose2d(x, kernel, stride=2, padding=1)
         return out.add_(self.bias.to(out.dtype).view(-1, 1, 1))  # faster than inside
 
@@ -384,27 +387,23 @@ def pullaway_loss(embeddings: Tensor) -> Tensor:
 # ------------------------------------------------------------------------- evaluation
 def train_classifier(imgs: Tensor, labels: Tensor, device: str) -> nn.Sequential:
     """Fit a small network to uint8 images; it returns logits, its first part features."""
-    layers, widths = [], (imgs.shape[1], 32, 64, 64)
+    layers, widths = [], (imgs.shape[1], 16, 32, 64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for before, after in itertools.pairwise(widths):
             conv = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
             layers += [conv, nn.BatchNorm2d(after), nn.ReLU()]
-        layers += [
-            nn.AdaptiveAvgPool2d(4),
-            nn.Flatten(),
-            nn.Linear(1024, 64),
-            nn.ReLU(),
-        ]
+        layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten()]
+        layers += [nn.Linear(16 * widths[-1], 64), nn.ReLU()]
         logits = nn.Linear(64, int(labels.max()) + 1)
     classifier = nn.Sequential(nn.Sequential(*layers), logits).to(device)
     adam = torch.optim.Adam(classifier.parameters(), fused=True)
-    rate = torch.optim.lr_scheduler.OneCycleLR(adam, max_lr=5e-3, total_steps=300)
-    for step in range(300):
-        index = torch.randint(len(imgs), (256,), generator=rng(step))
-        logits = classifier(to_float(imgs, index, device))
+    rate = torch.optim.lr_scheduler.OneCycleLR(adam, max_lr=0.01, total_steps=500)
+    for step in range(500):
+        batch = torch.randint(len(imgs), (128,), generator=rng(step))
+        logits = classifier(to_float(imgs, batch, device))
         adam.zero_grad()
-        F.cross_entropy(logits, labels[index].to(device)).backward()
+        F.cross_entropy(logits, labels[batch].to(device)).backward()
         adam.step()
         rate.step()
     return classifier.eval()
@@ -439,8 +438,8 @@ class Scorer:
     def judge(self, batches) -> tuple[Tensor, Tensor]:
         """Return log p(y|x) and features (float64) of batches of images in [-1, 1]."""
         features = torch.cat([self.classifier[0](imgs) for imgs in batches])
-        logits = self.classifier[1](features)
-        return logits.double().log_softmax(1).cpu(), features.double().cpu()
+        log_probs = self.classifier[1](features).double().log_softmax(1)
+        return log_probs.cpu(), features.double().cpu()
 
     def __call__(self, generator: Generator, seed: int) -> list[float]:
         """Return ``evaluate`` of generated images and of real ones; [] without classes."""
@@ -450,11 +449,12 @@ class Scorer:
             return []
         if self.classifier is None:
             self.classifier = train_classifier(imgs, labels, device)
-            parts = [torch.arange(min(n, len(x))).split(500) for x in (imgs, held_imgs)]
-            real = self.judge(to_float(imgs, i, device) for i in parts[0])
-            held = self.judge(to_float(held_imgs, i, device) for i in parts[1])
+            parts = torch.arange(min(n, len(imgs))).split(500)
+            real = self.judge(to_float(imgs, part, device) for part in parts)
+            parts = torch.arange(len(held_imgs)).split(500)
+            held = self.judge(to_float(held_imgs, part, device) for part in parts)
             self.features, self.real = held[1], evaluate(*real, held[1])
-            right = (held[0].argmax(1) == held_labels[:n]).double().mean()
+            right = (held[0].argmax(1) == held_labels).double().mean()
             say(f"classifier: {right:.2%} of the held-out images right")
         z = torch.randn(n, self.opt.latent_dim, generator=rng(seed, 3))
         fake = self.judge(sample(generator, part) for part in z.split(500))
@@ -510,11 +510,16 @@ def write_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 # --------------------------------------------------------------------------- training
-def prepare(opt: argparse.Namespace) -> tuple[tuple[Tensor | None, ...], Scorer]:
-    """Set up the device and the process group, claim the run's folder, load the data."""
+def prepare(opt: argparse.Namespace) -> tuple[tuple[Tensor | None, ...], Scorer, list]:
+    """Set up device and process group, load the data, claim the run's folder.
+
+    Returns the data, its scorer, and a list that takes SIGINT and SIGTERM from now on.
+    """
     cuda, rank = opt.device.startswith("cuda"), int(os.environ.get("RANK", "0"))
     if cuda:
-        opt.device = f"cuda:{os.environ['LOCAL_RANK']}" if opt.world > 1 else opt.device
+        opt.device = (
+            f"cuda:{os.environ['LOCAL_RANK']}" if opt.nproc_per_node > 1 else opt.device
+        )
         torch.cuda.set_device(opt.device)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32
@@ -523,32 +528,41 @@ def prepare(opt: argparse.Namespace) -> tuple[tuple[Tensor | None, ...], Scorer]
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-    if opt.world > 1:  # a day: the others wait while rank 0 decodes pictures or scores
+    if (
+        opt.nproc_per_node > 1
+    ):  # a day: the others wait while rank 0 decodes pictures or scores
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
-    for turn in range(
-        2
-    ):  # rank 0 first: it may download or decode what the others read
-        if turn == min(rank, 1):
-            data = load_images(opt)
-        if opt.world > 1:
-            dist.all_reduce(torch.zeros(1))
-    n = len(data[0])
-    if n < opt.batch_size * opt.world:
-        raise ValueError(f"--batch_size {opt.batch_size}: there are only {n} images")
-    if vars(opt).setdefault("n_images", n) != n:
-        raise ValueError(
-            f"--data_root: {n} images, but the run began with {opt.n_images}"
-        )
-    for i in itertools.count(1) if rank == 0 and opt.out_dir is None else ():
-        folder = f"runs/{opt.script}-{i}" if i > 1 else f"runs/{opt.script}"
-        if not os.path.exists(folder):
-            os.makedirs(folder)
-            opt.out_dir = folder
-            break
+    if rank == 0:  # first: it may download or decode what the others then read
+        data = load_images(opt)
+        n = len(data[0])
+        if n < opt.batch_size * opt.nproc_per_node:
+            raise ValueError(f"--batch_size {opt.batch_size}: only {n} images")
+        if vars(opt).setdefault("n_images", n) != n:
+            raise ValueError(f"--data_root: {n} images, the run has {opt.n_images}")
+        for i in itertools.count(1) if opt.out_dir is None else ():
+            folder = f"runs/{opt.script}-{i}" if i > 1 else f"runs/{opt.script}"
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(folder)
+                opt.out_dir = folder
+                break
+    if opt.nproc_per_node > 1:
+        shared = [opt.out_dir]
+        dist.broadcast_object_list(shared, device=torch.device("cpu"))
+        opt.out_dir = shared[0]
+    if rank > 0:
+        data = load_images(opt)
     if cuda and data[0].nbytes < torch.cuda.mem_get_info()[0] / 2:
         data = (data[0].to(opt.device), *data[1:])
-    return data, Scorer(opt, data)
+    caught = []
+
+    def catch(signum, _frame):
+        caught.append(signum)
+        signal.signal(signum, signal.SIG_DFL)  # a second one ends the program at once
+
+    signal.signal(signal.SIGINT, catch)
+    signal.signal(signal.SIGTERM, catch)
+    return data, Scorer(opt, data), caught
 
 
 def train(opt: argparse.Namespace, prepared=None) -> str:
@@ -557,8 +571,12 @@ def train(opt: argparse.Namespace, prepared=None) -> str:
     ``prepared`` is what ``prepare(opt)`` returned, where several runs share it. Raises
     FloatingPointError for a loss that is not finite, SystemExit after a signal.
     """
-    (imgs, *_), scorer = prepared or prepare(opt)
-    device, world, rank = opt.device, opt.world, int(os.environ.get("RANK", "0"))
+    (imgs, *_), scorer, caught = prepared or prepare(opt)
+    device, world, rank = (
+        opt.device,
+        opt.nproc_per_node,
+        int(os.environ.get("RANK", "0")),
+    )
     epoch_steps = len(imgs) // (opt.batch_size * world)  # full batches only
     total = min(opt.n_epochs * epoch_steps, opt.max_steps or sys.maxsize)
     torch.manual_seed(opt.seed)
@@ -586,14 +604,12 @@ def train(opt: argparse.Namespace, prepared=None) -> str:
     def due(step: int) -> bool:
         return step % LOG_EVERY == 0 or step % epoch_steps == 0
 
-    folder, caught = Path(opt.out_dir or ""), []
+    folder = Path(opt.out_dir)
+    if step < total:  # the row that ended a run is none of a longer run
+        rows = [row for row in rows if due(int(row.split(",")[0]))]
     if rank == 0:
-        if step < total:  # the row that ended a run is none of a longer run
-            rows = [row for row in rows if due(int(row.split(",")[0]))]
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         (folder / "log.csv").write_text("".join([LOG_HEADER, *rows]))
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, frame: caught.append(signum))
     tick, tick_step, order = time.perf_counter(), step, None
     while step < total:
         epoch, i = divmod(step, epoch_steps)
@@ -641,68 +657,54 @@ def train(opt: argparse.Namespace, prepared=None) -> str:
             *means, n = sums.tolist()
             weights = [*generator.parameters(), *discriminator.parameters()]
             if n < step - logged or not all(w.isfinite().all() for w in weights):
-                text = (
-                    f"the loss is not finite at step {min(logged + int(n) + 1, step)}"
-                )
-                raise FloatingPointError(
-                    f"{text}; {folder} keeps the last good checkpoint"
-                )
+                text = f"loss not finite at step {min(logged + int(n) + 1, step)}"
+                raise FloatingPointError(f"{text}; {folder} keeps the last checkpoint")
             if due(step) or step == total:
-                means = [mean / n for mean in means]
-                images = opt.batch_size * world
-                rate = (step - tick_step) * images / (time.perf_counter() - tick)
-                text = f"epoch {epoch + 1}/{opt.n_epochs} step {step}/{total}"
-                text += " real {:.4f} fake {:.4f} active {:.0%} pt {:.3f}".format(
-                    *means
-                )
-                left = timedelta(seconds=round((total - step) * images / rate))
+                means, size, score = [x / n for x in means], opt.batch_size * world, []
+                rate = (step - tick_step) * size / (time.perf_counter() - tick)
+                left = timedelta(seconds=round((total - step) * size / rate))
+                text = "real {:.4f} fake {:.4f} active {:.0%} pt {:.3f}".format(*means)
+                text = f"epoch {epoch + 1}/{opt.n_epochs} step {step}/{total} {text}"
                 say(f"{text} {rate:.0f} images/s {left} left", final=False)
-                score = []
                 if step == total or step % (epoch_steps * opt.eval_interval) == 0:
                     score = scorer(generator, opt.seed)
-                    text = "score {:.3f} frechet {:.2f} classes {} (real images: {:.3f} {:.2f} {})"
-                    say(text.format(*score) if score else "no classes, no score")
-                cells = [*(f"{x:.9g}" for x in (step, epoch + 1, *means, rate, *score))]
-                rows.append(",".join(cells + [""] * (13 - len(cells))) + "\n")
+                    text = "score {:.3f} frechet {:.2f} classes {}"
+                    text = f"step {step}: {text} (real images: {text})"
+                    say(text.format(*score) if score else "no classes, so no score")
+                cells = [f"{x:.9g}" for x in (step, epoch + 1, *means, rate, *score)]
+                rows.append(",".join(cells) + "," * (0 if score else 6) + "\n")
                 with open(folder / "log.csv", "a") as log:
                     log.write(rows[-1])
             if due(step):
-                logged = step
-                sums.zero_()
+                sums, logged = torch.zeros_like(sums), step
             if save:
-                pictures = sample(generator, sample_z)
+                pictures, style = sample(generator, sample_z), {"value_range": (-1, 1)}
                 for name in ("samples.png", f"samples/{step}.png"):
-                    save_image(
-                        pictures, folder / name, normalize=True, value_range=(-1, 1)
-                    )
+                    save_image(pictures, folder / name, normalize=True, **style)
                 state = {name: part.state_dict() for name, part in parts.items()}
-                skip = ("device", "max_steps", "out_dir", "resume", "generate")
-                options = {
-                    key: value for key, value in vars(opt).items() if key not in skip
-                }
+                here = ("device", "out_dir", "resume", "generate")
+                options = {key: x for key, x in vars(opt).items() if key not in here}
                 state |= {"step": step, "sums": sums, "rows": rows, "options": options}
                 write_checkpoint(folder / "checkpoint.pt", state)
             tick, tick_step = time.perf_counter(), step
         if stop:
-            say(f"stopped after step {step}; go on with --resume {folder}")
+            say(f"stopped at step {step}, go on: --resume {folder / 'checkpoint.pt'}")
             raise SystemExit(128 + int(stop))
-    say(f"done: {folder}/samples.png, log.csv and checkpoint.pt")
-    return rows[-1]
+    say(f"step {step} of {total}: see samples.png and log.csv in {folder}")
+    return rows[-1] if rows else ""  # rank 0 alone keeps the log
 
 
 def generate(opt: argparse.Namespace) -> None:
     """Write ``opt.generate`` pictures from a checkpoint, and a grid of the first 64."""
-    generator = Generator(opt.img_size, opt.channels, opt.latent_dim)
+    generator = Generator(opt.img_size, opt.channels, opt.latent_dim).to(opt.device)
     generator.load_state_dict(read_checkpoint(opt.resume)["generator"])
     z = torch.randn(opt.generate, opt.latent_dim, generator=rng(opt.seed, 4))
-    folder, kwargs = Path(opt.out_dir), {"normalize": True, "value_range": (-1, 1)}
+    folder, style = Path(opt.out_dir), {"normalize": True, "value_range": (-1, 1)}
     folder.mkdir(parents=True, exist_ok=True)
+    save_image(sample(generator, z[:64]), folder / "grid.png", **style)
     for i, part in enumerate(z.split(64)):
-        imgs = sample(generator.to(opt.device), part)
-        for j, img in enumerate(imgs, 64 * i):
-            save_image(img, folder / f"{j:05d}.png", **kwargs)
-        if i == 0:
-            save_image(imgs, folder / "grid.png", **kwargs)
+        for j, img in enumerate(sample(generator, part), 64 * i):
+            save_image(img, folder / f"{j:05d}.png", **style)
     say(f"wrote {opt.generate} pictures and grid.png to {folder}")
 
 
@@ -715,6 +717,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"{opt.script}.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before training: nothing to save
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

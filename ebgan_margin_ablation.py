@@ -30,6 +30,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from datetime import timedelta
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -159,7 +160,7 @@ def say(text: str, final: bool = True) -> None:
     """Print a line on rank 0; on a terminal the next one overwrites it, unless final."""
     if os.environ.get("RANK", "0") == "0":
         start, end = ("\r\033[K", "") if sys.stdout.isatty() else ("", "\n")
-        if not final:
+        if not final and not end:
             text = text[: shutil.get_terminal_size().columns - 1]
         print(start + text, end="\n" if final else end, flush=True)
 
@@ -289,6 +290,7 @@ def load_folder(opt: argparse.Namespace) -> tuple[Tensor | None, ...]:
     tops = [Path(path).relative_to(root).parts[:-1][:1] for path in paths]
     classes, held = sorted(set(tops)), len(paths) // 10
     if () in classes or len(classes) < 2 or held < 2:
+        say("the pictures have no classes (sub-folders): the samples get no score")
         return imgs, None, None, None
     labels = torch.tensor([classes.index(top) for top in tops])
     return imgs[held:], labels[held:], imgs[:held], labels[:held]
@@ -312,8 +314,8 @@ class UpsampleConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel, sums = self.weight.flip(2, 3).transpose(0, 1), {"divisor_override": 1}
-        kernel = F.avg_pool2d(kernel, 2, stride=1, padding=1, **sums)
+        sums = F.avg_pool2d(self.weight, 2, stride=1, padding=1, divisor_override=1)
+        kernel = sums.flip(2, 3).transpose(0, 1)
         out = F.conv_transpose2d(x, kernel, stride=2, padding=1)
         return out.add_(self.bias.to(out.dtype).view(-1, 1, 1))  # faster than inside
 
@@ -488,14 +490,16 @@ def find_checkpoint(where: str, script: str) -> str:
     files = [file for folder in folders for file in folder.glob(CHECKPOINT)]
     files = [where] if os.path.isfile(where) else files
     if not files:
-        raise ValueError(f"--resume: no {CHECKPOINT} in {where or f'runs/{script}'}")
+        text = f"no {CHECKPOINT} in {where or f'runs/{script}'}"
+        raise ValueError(f"--resume or --generate: {text}")
     return str(max(files, key=os.path.getmtime))
 
 
 def read_checkpoint(path: str) -> dict:
     """Load a checkpoint, running no code from it; ValueError unless it is a whole one."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         assert checkpoint["options"]["script"] and checkpoint["rows"] is not None
         return checkpoint
     except OSError:
@@ -681,7 +685,8 @@ def train(opt: argparse.Namespace, prepared=None) -> str:
                     score = scorer(generator, opt.seed)
                     text = "score {:.3f} frechet {:.2f} classes {}"
                     text = f"step {step}: {text} (real images: {text})"
-                    say(text.format(*score) if score else "no classes, so no score")
+                    if score:
+                        say(text.format(*score))
                 cells = [f"{x:.9g}" for x in (step, epoch + 1, *means, rate, *score)]
                 rows.append(",".join(cells) + "," * (0 if score else 6) + "\n")
                 with open(folder / "log.csv", "a") as log:
@@ -728,7 +733,7 @@ def sweep(opt: argparse.Namespace) -> None:
     if os.environ.get("RANK", "0") == "0":
         header = "margin,seed," + LOG_HEADER
         (home / "results.csv").write_text(header + "".join(results))
-        cells = [[float(x or "nan") for x in row.split(",")] for row in results]
+        cells = [[float(x or "nan") for x in row.strip().split(",")] for row in results]
         table = torch.tensor(cells).view(len(opt.margins), len(opt.seeds), -1)
         names = header.strip().split(",")
         columns = [names.index(x) for x in SHOWN]

@@ -48,13 +48,6 @@ from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import save_image
 
 CHECKPOINT = "checkpoint.pt"  # where it lies in a run's folder
-TORCHVISION = {
-    "mnist": datasets.MNIST,
-    "fashion-mnist": datasets.FashionMNIST,
-    "kmnist": datasets.KMNIST,
-    "cifar10": datasets.CIFAR10,
-    "svhn": datasets.SVHN,
-}
 LOG_EVERY = 20  # steps from one row of the log to the next
 LOG_HEADER = "step,epoch,real_energy,fake_energy,hinge_active,pullaway,images_per_s"
 LOG_HEADER += ",score,frechet,classes,real_score,real_frechet,real_classes\n"
@@ -75,9 +68,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
         return number
 
-    parser = argparse.ArgumentParser("ebgan.py", argparse.SUPPRESS, allow_abbrev=False)
+    brief = {"usage": argparse.SUPPRESS, "allow_abbrev": False}  # an error is one line
+    parser = argparse.ArgumentParser("ebgan.py", **brief)
+    parser.description = "Train an energy-based GAN. The defaults are in brackets."
     flag, count, decay = parser.add_argument, at_least(1), at_least(0, float, 1)
-    names = ["digits", *TORCHVISION, "folder"]
+    names = ["digits", "mnist", "fashion-mnist", "kmnist", "cifar10", "svhn", "folder"]
     flag("--n_epochs", type=count, default=200, help="passes over the data [200]")
     flag("--batch_size", type=at_least(2), default=64, help="images a step [64]")
     flag("--lr", type=at_least(1e-12, float), default=2e-4, help="Adam's rate [0.0002]")
@@ -207,7 +202,8 @@ def load_images(opt: argparse.Namespace) -> tuple[Tensor | None, ...]:
                 imgs, labels = synthetic_digits(n, opt.img_size, seed=n)
             else:
                 which = {"split": split} if name == "svhn" else {"train": n == 20000}
-                data = TORCHVISION[name](root, download=True, **which)
+                kind = {"fashion-mnist": "FashionMNIST"}.get(name, name.upper())
+                data = getattr(datasets, kind)(root, download=True, **which)
                 imgs, labels = zip(*((transforms.pil_to_tensor(x), y) for x, y in data))
                 imgs, labels = torch.stack(imgs), torch.tensor(labels)
             imgs = torch.cat([transforms.resize(x, size) for x in imgs.split(5000)])
@@ -440,8 +436,8 @@ class Scorer:
     def judge(self, batches) -> tuple[Tensor, Tensor]:
         """Return log p(y|x) and features (float64) of batches of images in [-1, 1]."""
         features = torch.cat([self.classifier[0](imgs) for imgs in batches])
-        log_probs = self.classifier[1](features).double().log_softmax(1)
-        return log_probs.cpu(), features.double().cpu()
+        logits = self.classifier[1](features)
+        return logits.cpu().double().log_softmax(1), features.cpu().double()
 
     def __call__(self, generator: Generator, seed: int) -> list[float]:
         """Return ``evaluate`` of generated images and of real ones; [] without classes."""

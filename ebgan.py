@@ -663,9 +663,12 @@ def train(opt: argparse.Namespace, prepared=None) -> str:
                 means, size, score = [x / n for x in means], opt.batch_size * world, []
                 rate = (step - tick_step) * size / (time.perf_counter() - tick)
                 left = timedelta(seconds=round((total - step) * size / rate))
-                text = "real {:.4f} fake {:.4f} active {:.0%} pt {:.3f}".format(*means)
-                text = f"epoch {epoch + 1}/{opt.n_epochs} step {step}/{total} {text}"
-                say(f"{text} {rate:.0f} images/s {left} left", final=False)
+                text = f"epoch {epoch + 1}/{opt.n_epochs} step {step}/{total}"
+                text += f" {rate:.0f} images/s {left} left"  # a narrow terminal cuts the rest
+                text += " real {:.3f} fake {:.3f} active {:.0%} pt {:.3f}".format(
+                    *means
+                )
+                say(text, final=False)
                 if step == total or step % (epoch_steps * opt.eval_interval) == 0:
                     score = scorer(generator, opt.seed)
                     text = "score {:.3f} frechet {:.2f} classes {}"

@@ -60,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     Bad input ends the program with one line on stderr and exit status 2.
     """
 
-    def at_least(least: float, kind: type = int, below: float = math.inf):
+    def at_least(least: float, kind: type = int, below: float = 2**31):
         def number(text: str):
             if least <= kind(text) < below:
                 return kind(text)
@@ -101,26 +101,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     opt = given = parser.parse_args(argv)
     try:
         if opt.resume is not None or opt.generate:
-            path = find_checkpoint(opt.resume or opt.out_dir or "", opt.script)
+            place = opt.resume or ("" if opt.generate else opt.out_dir)
+            path = find_checkpoint(place or "", opt.script)
             saved = read_checkpoint(path)["options"]
             parser.set_defaults(**saved)
             opt = parser.parse_args(argv)
             vars(opt).update(script=given.script, nproc_per_node=given.nproc_per_node)
-            opt.resume, home = path, Path(path).parents[CHECKPOINT.count("/")]
+            opt.resume, home = path, Path(path).parent
             # a run can be made longer or shown otherwise; the rest makes it what it is
             fixed = saved.keys() - {"n_epochs", "max_steps", "n_cpu", "data_root"}
             fixed -= {"sample_interval", "n_eval", "eval_interval"}
             if opt.generate:
                 fixed = {"script", "img_size", "channels", "latent_dim"}
                 home /= "generated"
-            elif os.path.abspath(opt.out_dir or home) != os.path.abspath(home):
-                raise ValueError(f"--out_dir: a resumed run stays in {home}")
+            elif not Path(path).match(CHECKPOINT):
+                raise ValueError(f"--resume: {path} is not <run>/{CHECKPOINT}")
+            else:
+                home = Path(path).parents[CHECKPOINT.count("/")]
+                if os.path.abspath(opt.out_dir or home) != str(home):
+                    raise ValueError(f"--out_dir: a resumed run stays in {home}")
             for key in sorted(fixed):
                 if (value := getattr(opt, key)) != saved[key]:
                     raise ValueError(f"--{key} {value}: {path} has {saved[key]}")
             opt.out_dir = opt.out_dir or str(home)
         elif opt.out_dir and any(Path(opt.out_dir).glob(CHECKPOINT)):
-            text = "holds a run: take another folder, or go on with --resume"
+            text = "holds a run: name another folder, or go on with --resume"
             raise ValueError(f"--out_dir {opt.out_dir} {text} {opt.out_dir}")
         if opt.img_size % 4:
             raise ValueError(f"--img_size {opt.img_size} is not divisible by 4")
@@ -133,11 +138,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         torch.zeros(1, device=opt.device).item()  # fails where nothing can be computed
         if opt.amp and not torch.amp.is_autocast_available(opt.device.split(":")[0]):
             raise ValueError(f"--amp: no bfloat16 on {opt.device}")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         parser.error(f"--device {opt.device}: {str(error).splitlines()[0]}")
     except (OSError, ValueError) as error:
         parser.error(str(error))
     opt.margin = max(1.0, opt.batch_size / 64) if opt.margin is None else opt.margin
+    opt.data_root = os.path.abspath(opt.data_root)  # a resumed run may start elsewhere
     return opt
 
 
@@ -218,7 +224,7 @@ def load_images(opt: argparse.Namespace) -> tuple[Tensor | None, ...]:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if opt.dataset:
             raise ValueError(f"--dataset {name} in {root}: {reason}") from error
-        say(f"MNIST is not in {root} and can't be downloaded ({reason}).")
+        say(f"MNIST can't be read from {root}, nor downloaded ({reason}).")
         say("Training on the built-in digits instead (--dataset digits).")
         opt.dataset = "digits"
         return load_images(opt)
@@ -235,7 +241,8 @@ def load_folder(opt: argparse.Namespace) -> tuple[Tensor | None, ...]:
     """
     root, size, endings = opt.data_root, opt.img_size, datasets.folder.IMG_EXTENSIONS
     paths = glob.glob(os.path.join(glob.escape(root), "**", "*"), recursive=True)
-    paths = sorted(path for path in paths if path.lower().endswith(endings))
+    paths = {os.path.realpath(p): p for p in paths if p.lower().endswith(endings)}
+    paths = sorted(paths.values())  # each file once, whatever links to it
     if not paths:
         raise ValueError(f"--data_root {root} holds no pictures ({' '.join(endings)})")
     paths = [paths[i] for i in torch.randperm(len(paths), generator=rng(0))]
@@ -243,9 +250,15 @@ def load_folder(opt: argparse.Namespace) -> tuple[Tensor | None, ...]:
     def decode(path: str) -> bytes:
         try:
             with Image.open(path) as img:
-                grey = img.mode in ("1", "L", "LA", "I", "I;16", "F")
+                grey = img.mode[0] in "1LI"
                 opt.channels = opt.channels or (1 if grey else 3)
-                img = img.convert("L" if opt.channels == 1 else "RGB")
+                img = ImageOps.exif_transpose(img)
+            if img.mode[0] == "I":  # 16 bits a pixel, which convert() would clip
+                img = Image.fromarray((np.asarray(img) // 257).astype(np.uint8))
+            if img.has_transparency_data:
+                img = img.convert("RGBA")
+                img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
+            img = img.convert("L" if opt.channels == 1 else "RGB")
             return ImageOps.fit(img, (size, size)).tobytes()  # cropped to a square
         except Exception as error:  # Pillow raises many kinds
             raise ValueError(f"{path} cannot be decoded: {error}") from error
@@ -254,10 +267,11 @@ def load_folder(opt: argparse.Namespace) -> tuple[Tensor | None, ...]:
     stats = [(path, os.path.getsize(path), os.path.getmtime(path)) for path in paths]
     digest = hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
     name = f".ebgan_cache/{size}x{size}x{opt.channels}-{digest}.uint8"
+    shape = (len(paths), size, size, opt.channels)
     file = Path(root, name)
     if not file.exists() and not os.access(root, os.W_OK):
         file = Path("runs", name)
-    if not file.exists():
+    if not file.exists() or file.stat().st_size != math.prod(shape):
         file.parent.parent.mkdir(exist_ok=True)
         partial = Path(f"{file.parent}.{os.getpid()}")
         try:
@@ -268,15 +282,18 @@ def load_folder(opt: argparse.Namespace) -> tuple[Tensor | None, ...]:
                         say(f"decoded {i} of {len(paths)} pictures", final=False)
             file.parent.mkdir(exist_ok=True)
             os.replace(partial, file)
+        except OSError as error:
+            raise OSError(f"{file}: {error.strerror}") from error
         finally:
             partial.unlink(missing_ok=True)
-    shape = (len(paths), size, size, opt.channels)
     imgs = torch.from_file(str(file), size=math.prod(shape), dtype=torch.uint8)
     imgs = imgs.view(shape).permute(0, 3, 1, 2)
     tops = [Path(path).relative_to(root).parts[:-1][:1] for path in paths]
     classes, held = sorted(set(tops)), len(paths) // 10
     if () in classes or len(classes) < 2 or held < 2:
-        say("the pictures have no classes (sub-folders): the samples get no score")
+        say(
+            "no two classes (sub-folders), or under 20 pictures: no score of the samples"
+        )
         return imgs, None, None, None
     labels = torch.tensor([classes.index(top) for top in tops])
     return imgs[held:], labels[held:], imgs[:held], labels[:held]
@@ -473,12 +490,13 @@ def find_checkpoint(where: str, script: str) -> str:
     """Return the checkpoint at a path: a file, or the newest of a folder, of "" any run."""
     runs = [p for p in Path("runs").glob("*") if p.name.rstrip("-0123456789") == script]
     folders = [Path(where)] if where else runs
-    files = [file for folder in folders for file in folder.glob(CHECKPOINT)]
+    names = {CHECKPOINT, "checkpoint.pt"}
+    files = [file for folder in folders for name in names for file in folder.glob(name)]
     files = [where] if os.path.isfile(where) else files
     if not files:
         text = f"no {CHECKPOINT} in {where or f'runs/{script}'}"
         raise ValueError(f"--resume or --generate: {text}")
-    return str(max(files, key=os.path.getmtime))
+    return os.path.abspath(max(files, key=os.path.getmtime))
 
 
 def read_checkpoint(path: str) -> dict:
@@ -486,7 +504,8 @@ def read_checkpoint(path: str) -> dict:
     try:
         with warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert checkpoint["options"]["script"] and checkpoint["rows"] is not None
+        assert checkpoint.keys() >= {"options", "step", "sums", "rows", "generator"}
+        assert checkpoint["options"].keys() >= {"script", "img_size", "nproc_per_node"}
         return checkpoint
     except OSError:
         raise
@@ -507,7 +526,7 @@ def write_checkpoint(path: Path, checkpoint: dict) -> None:
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OSError(f"{path}: {error.strerror}; the one before it is kept") from error
+        raise OSError(f"{path}: {error.strerror}; what was there is kept") from error
 
 
 # --------------------------------------------------------------------------- training
@@ -592,18 +611,31 @@ def train(opt: argparse.Namespace, prepared=None) -> str:
     if opt.resume:
         checkpoint = read_checkpoint(opt.resume)
         step, sums, rows = (checkpoint[key] for key in ("step", "sums", "rows"))
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"--resume: {opt.resume} has other networks") from error
     logged, sums = step - int(sums[-1]), sums.to(device)
     net_g, net_d = generator, discriminator
     if world > 1:
-        net_g = DistributedDataParallel(generator, broadcast_buffers=False)
-        net_d = DistributedDataParallel(discriminator, broadcast_buffers=False)
+        net_g = DistributedDataParallel(generator)
+        net_d = DistributedDataParallel(discriminator)
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=opt.amp)
     sample_z = torch.randn(64, opt.latent_dim, generator=rng(opt.seed, 2))
 
     def due(step: int) -> bool:
         return step % LOG_EVERY == 0 or step % epoch_steps == 0
+
+    def write_run() -> None:
+        pictures, style = sample(generator, sample_z), {"value_range": (-1, 1)}
+        for name in ("samples.png", f"samples/{step}.png"):
+            save_image(pictures, folder / name, normalize=True, **style)
+        here = ("device", "out_dir", "resume", "generate")  # a resumed run has its own
+        options = {key: x for key, x in vars(opt).items() if key not in here}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"step": step, "sums": sums, "rows": rows, "options": options}
+        write_checkpoint(folder / "checkpoint.pt", state)
 
     folder = Path(opt.out_dir)
     if step < total:  # the row that ended a run is none of a longer run
@@ -611,6 +643,8 @@ def train(opt: argparse.Namespace, prepared=None) -> str:
     if rank == 0:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         (folder / "log.csv").write_text("".join([LOG_HEADER, *rows]))
+        if not opt.resume:
+            write_run()  # from now on the folder is taken, and the run can be resumed
     tick, tick_step, order = time.perf_counter(), step, None
     while step < total:
         epoch, i = divmod(step, epoch_steps)
@@ -683,14 +717,7 @@ def train(opt: argparse.Namespace, prepared=None) -> str:
             if due(step):
                 sums, logged = torch.zeros_like(sums), step
             if save:
-                pictures, style = sample(generator, sample_z), {"value_range": (-1, 1)}
-                for name in ("samples.png", f"samples/{step}.png"):
-                    save_image(pictures, folder / name, normalize=True, **style)
-                state = {name: part.state_dict() for name, part in parts.items()}
-                here = ("device", "out_dir", "resume", "generate")
-                options = {key: x for key, x in vars(opt).items() if key not in here}
-                state |= {"step": step, "sums": sums, "rows": rows, "options": options}
-                write_checkpoint(folder / "checkpoint.pt", state)
+                write_run()
             tick, tick_step = time.perf_counter(), step
         if stop:
             say(f"stopped at step {step}, go on: --resume {folder / 'checkpoint.pt'}")
@@ -720,8 +747,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         generate(opt) if opt.generate else train(opt)
     except (OSError, ValueError, FloatingPointError) as error:
-        print(f"{opt.script}.py: error: {error}", file=sys.stderr)
+        line = "\n" if sys.stdout.isatty() else ""  # below the progress line
+        print(f"{line}{opt.script}.py: error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        return 2  # rank 0 has failed, and says why
     except KeyboardInterrupt:  # before training: nothing to save
         return 130
     finally:

@@ -582,7 +582,7 @@ def test_diff_shows_the_variant_and_little_else(one, two, limit):
     assert len(changed) <= limit, "\n".join(changed)
 
 
-def test_generator_loss_is_the_only_difference_of_the_training(tmp_path):
+def test_generator_loss_is_the_only_difference_of_the_training():
     one, two = definitions("ebgan")["train"], definitions("ebgan_pt")["train"]
     plain = "loss_g = energy(recon, gen_imgs).mean()\n"
     assert one.count(plain) == 1
@@ -591,7 +591,6 @@ def test_generator_loss_is_the_only_difference_of_the_training(tmp_path):
 
 
 def test_import_has_no_effect_whatever_argv_holds(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); sys.argv[:] = {{}}; import {{}}"
     script = "; ".join(f"import {name}" for name in NAMES)
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); sys.argv[:] = []; {script}"
     env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}

@@ -537,9 +537,8 @@ def prepare(opt: argparse.Namespace) -> tuple[tuple[Tensor | None, ...], Scorer,
     """
     cuda, rank = opt.device.startswith("cuda"), int(os.environ.get("RANK", "0"))
     if cuda:
-        opt.device = (
-            f"cuda:{os.environ['LOCAL_RANK']}" if opt.nproc_per_node > 1 else opt.device
-        )
+        if opt.nproc_per_node > 1:
+            opt.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(opt.device)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32
@@ -548,9 +547,8 @@ def prepare(opt: argparse.Namespace) -> tuple[tuple[Tensor | None, ...], Scorer,
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-    if (
-        opt.nproc_per_node > 1
-    ):  # a day: the others wait while rank 0 decodes pictures or scores
+    if opt.nproc_per_node > 1:
+        # a day: the others wait while rank 0 decodes pictures or takes a score
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
     if rank == 0:  # first: it may download or decode what the others then read
@@ -592,11 +590,8 @@ def train(opt: argparse.Namespace, prepared=None) -> str:
     FloatingPointError for a loss that is not finite, SystemExit after a signal.
     """
     (imgs, *_), scorer, caught = prepared or prepare(opt)
-    device, world, rank = (
-        opt.device,
-        opt.nproc_per_node,
-        int(os.environ.get("RANK", "0")),
-    )
+    device, world = opt.device, opt.nproc_per_node
+    rank = int(os.environ.get("RANK", "0"))
     epoch_steps = len(imgs) // (opt.batch_size * world)  # full batches only
     total = min(opt.n_epochs * epoch_steps, opt.max_steps or sys.maxsize)
     torch.manual_seed(opt.seed)

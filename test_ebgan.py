@@ -47,8 +47,9 @@ def child(script, argv, folder, env, file_limit):
     os.chdir(folder)
     os.environ.update(env)
     torch.set_num_threads(int(env.get("OMP_NUM_THREADS", 1)))
-    for name, stream in (("stdout.txt", 1), ("stderr.txt", 2)):
-        os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
+    for name, stream in (("stdout", 1), ("stderr", 2)):
+        file = f"{name}-{os.getpid()}.txt"
+        os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     sys.exit(importlib.import_module(script).main(argv))
@@ -70,8 +71,8 @@ class Run:
     def wait(self, timeout=60):
         self.process.join(timeout)
         assert self.process.exitcode is not None, "the run hangs"
-        self.out = self.read("stdout.txt")
-        self.err = self.read("stderr.txt")
+        self.out = self.read(f"stdout-{self.process.pid}.txt")
+        self.err = self.read(f"stderr-{self.process.pid}.txt")
         return self
 
     def read(self, name):
@@ -745,7 +746,7 @@ def test_amp_trains_in_colour_at_another_size(tmp_path):
 
 
 def test_sweep_compares_margins_from_one_start(tmp_path, tiny):
-    flags = ["--margins", 0, 0.1, 9, "--seeds", 0, 5, "--max_steps", 30, "--lr", 0.01]
+    flags = ["--margins", 0, 0.1, 9, "--seeds", 0, 5, "--max_steps", 12, "--lr", 0.01]
     done = run("ebgan_margin_ablation", *tiny, *flags, cwd=tmp_path)
     home = tmp_path / "runs/ebgan_margin_ablation"
     with open(home / "results.csv", newline="") as file:
@@ -784,10 +785,11 @@ def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(script, tmp_path, tiny
     one = ["--margins", 1, "--seeds", 0] if script == NAMES[2] else []
     part = "margin_1/seed_0/checkpoint.pt" if one else "checkpoint.pt"
     tiny = [*tiny, *one, "--out_dir"]
-    run(script, *tiny, "whole", "--max_steps", 33, cwd=tmp_path)
+    whole = Run(script, *tiny, "whole", "--max_steps", 33, cwd=tmp_path)
     run(script, *tiny, "parts", "--max_steps", 13, cwd=tmp_path)
     run(script, "--resume", "parts", "--max_steps", 24, cwd=tmp_path)
     run(script, "--resume", f"parts/{part}", "--max_steps", 33, cwd=tmp_path)
+    assert whole.wait().status == 0
     assert_same_run(tmp_path / "whole" / part, tmp_path / "parts" / part)
     logs = [(tmp_path / x / part).parent for x in ("whole", "parts")]
     steps = [[row["step"] for row in read_log(folder)] for folder in logs]
@@ -798,9 +800,10 @@ def test_resumed_run_has_the_scores_of_the_uninterrupted_run(tmp_path):
     draw_pictures(tmp_path / "in", 60, classes=("cat", "dog"))
     flags = ["--dataset", "folder", "--data_root", "in", "--img_size", 8]
     flags += ["--batch_size", 10, "--n_eval", 50, "--out_dir"]
-    run("ebgan_pt", *flags, "whole", "--max_steps", 12, cwd=tmp_path)
+    whole = Run("ebgan_pt", *flags, "whole", "--max_steps", 12, cwd=tmp_path)
     run("ebgan_pt", *flags, "parts", "--max_steps", 7, cwd=tmp_path)
     run("ebgan_pt", "--resume", "parts", "--max_steps", 12, cwd=tmp_path)
+    assert whole.wait().status == 0
     assert_same_run(tmp_path / "whole/checkpoint.pt", tmp_path / "parts/checkpoint.pt")
     log = read_log(tmp_path / "parts")
     assert [row["step"] for row in log] == ["5", "10", "12"]
@@ -811,7 +814,7 @@ def test_resumed_run_has_the_scores_of_the_uninterrupted_run(tmp_path):
 def test_killed_at_any_moment_the_run_ends_the_same(seed, tmp_path, tiny):
     moments = random.Random(seed)
     flags = [*tiny, "--sample_interval", 1, "--max_steps", 40, "--out_dir"]
-    run("ebgan", *flags, "whole", cwd=tmp_path)
+    whole = Run("ebgan", *flags, "whole", cwd=tmp_path)
     killed, argv = 0, [*flags, "killed"]
     while True:
         part = Run("ebgan", *argv, cwd=tmp_path)
@@ -825,6 +828,7 @@ def test_killed_at_any_moment_the_run_ends_the_same(seed, tmp_path, tiny):
             break
         killed, argv = killed + 1, ["--resume", "killed"]
     assert part.status == 0, part.err
+    assert whole.wait().status == 0
     assert killed >= 2
     assert_same_run(tmp_path / "whole/checkpoint.pt", tmp_path / "killed/checkpoint.pt")
 
@@ -944,27 +948,17 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path, tiny):
     assert not (tmp_path / "evil").exists()
 
 
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        ("--img_size", 16),
-        ("--channels", 3),
-        ("--latent_dim", 5),
-        ("--batch_size", 8),
-        ("--dataset", "digits"),
-        ("--lr", 0.5),
-        ("--seed", 9),
-        ("--margin", 3),
-    ],
-)
-def test_resume_with_other_flags_names_what_differs(flag, value, tmp_path, tiny):
+def test_resume_with_other_flags_names_what_differs(tmp_path, tiny):
     run("ebgan", *tiny, "--out_dir", "x", "--max_steps", 1, cwd=tmp_path)
     before = (tmp_path / "x/checkpoint.pt").read_bytes()
-    done = run("ebgan", "--resume", "x", flag, value, cwd=tmp_path, status=2)
-    assert len(done.err.splitlines()) == 1
-    assert f"{flag} {value}" in done.err
+    flags = {"--img_size": 16, "--channels": 3, "--latent_dim": 5, "--batch_size": 8}
+    flags |= {"--dataset": "digits", "--lr": 0.5, "--seed": 9, "--margin": 3.0}
+    for flag, value in flags.items():
+        done = run("ebgan", "--resume", "x", flag, value, cwd=tmp_path, status=2)
+        assert len(done.err.splitlines()) == 1
+        assert f"{flag} {value}" in done.err
     done = run("ebgan_pt", "--resume", "x", cwd=tmp_path, status=2)
-    assert "ebgan" in done.err
+    assert "--script ebgan_pt" in done.err
     assert (tmp_path / "x/checkpoint.pt").read_bytes() == before
 
 

@@ -613,8 +613,9 @@ def train(opt: argparse.Namespace, prepared=None) -> str:
     logged, sums = step - int(sums[-1]), sums.to(device)
     net_g, net_d = generator, discriminator
     if world > 1:
-        net_g = DistributedDataParallel(generator)
-        net_d = DistributedDataParallel(discriminator)
+        with warnings.catch_warnings(action="ignore"):  # newer torch renames the flag
+            net_g = DistributedDataParallel(generator, broadcast_buffers=False)
+            net_d = DistributedDataParallel(discriminator, broadcast_buffers=False)
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=opt.amp)
     sample_z = torch.randn(64, opt.latent_dim, generator=rng(opt.seed, 2))
 

@@ -241,8 +241,10 @@ def load_folder(opt: argparse.Namespace) -> tuple[Tensor | None, ...]:
     """
     root, size, endings = opt.data_root, opt.img_size, datasets.folder.IMG_EXTENSIONS
     paths = glob.glob(os.path.join(glob.escape(root), "**", "*"), recursive=True)
-    paths = {os.path.realpath(p): p for p in paths if p.lower().endswith(endings)}
-    paths = sorted(paths.values())  # each file once, whatever links to it
+    paths = sorted(path for path in paths if path.lower().endswith(endings))
+    paths = [
+        *{os.path.realpath(path): path for path in paths}.values()
+    ]  # each file once
     if not paths:
         raise ValueError(f"--data_root {root} holds no pictures ({' '.join(endings)})")
     paths = [paths[i] for i in torch.randperm(len(paths), generator=rng(0))]
@@ -292,7 +294,7 @@ def load_folder(opt: argparse.Namespace) -> tuple[Tensor | None, ...]:
     classes, held = sorted(set(tops)), len(paths) // 10
     if () in classes or len(classes) < 2 or held < 2:
         say(
-            "no two classes (sub-folders), or under 20 pictures: no score of the samples"
+            "fewer than 2 classes (sub-folders) or 20 pictures: the samples get no score"
         )
         return imgs, None, None, None
     labels = torch.tensor([classes.index(top) for top in tops])

@@ -47,7 +47,8 @@ from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import make_grid, save_image
 
 CHECKPOINT = "margin_*/seed_*/checkpoint.pt"  # where it lies in a run's folder
-SHOWN = ("real_energy", "fake_energy", "hinge_active", "score", "frechet", "classes")
+SHOWN = ("real_energy", "fake_energy", "hinge_active", "pullaway")
+SHOWN += ("score", "frechet", "classes")
 LOG_EVERY = 20  # steps from one row of the log to the next
 LOG_HEADER = "step,epoch,real_energy,fake_energy,hinge_active,pullaway,images_per_s"
 LOG_HEADER += ",score,frechet,classes,real_score,real_frechet,real_classes\n"
@@ -559,6 +560,9 @@ def prepare(opt: argparse.Namespace) -> tuple[tuple[Tensor | None, ...], Scorer,
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+    slow = opt.amp and opt.device == "cpu" and torch.backends.mkldnn.is_available()
+    if slow and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        say("--amp: this CPU computes no bfloat16; it is far slower than without")
     if opt.nproc_per_node > 1:
         # a day: the others wait while rank 0 decodes pictures or takes a score
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"

@@ -549,6 +549,9 @@ def prepare(opt: argparse.Namespace) -> tuple[tuple[Tensor | None, ...], Scorer,
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+    slow = opt.amp and opt.device == "cpu" and torch.backends.mkldnn.is_available()
+    if slow and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        say("--amp: this CPU computes no bfloat16; it is far slower than without")
     if opt.nproc_per_node > 1:
         # a day: the others wait while rank 0 decodes pictures or takes a score
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"

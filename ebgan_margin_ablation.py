@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import make_grid, save_image
@@ -470,7 +471,7 @@ class Scorer:
         logits = self.classifier[1](features)
         return logits.cpu().double().log_softmax(1), features.cpu().double()
 
-    def __call__(self, generator: Generator, seed: int) -> list[float]:
+    def __call__(self, generator: nn.Module, seed: int) -> list[float]:
         """Return ``evaluate`` of generated images and of real ones; [] without classes."""
         imgs, labels, held_imgs, held_labels = self.data
         n, device = self.opt.n_eval, self.opt.device
@@ -491,7 +492,7 @@ class Scorer:
 
 
 @torch.no_grad()
-def sample(generator: Generator, z: Tensor) -> Tensor:
+def sample(generator: nn.Module, z: Tensor) -> Tensor:
     """Return G(z) by the running batch statistics: a picture depends on its z alone."""
     imgs = generator.eval()(z.to(next(generator.parameters()).device))
     generator.train()
@@ -517,7 +518,7 @@ def read_checkpoint(path: str) -> dict:
     try:
         with warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert checkpoint.keys() >= {"options", "step", "sums", "rows", "generator"}
+        assert checkpoint.keys() >= {"options", "step", "sums", "rows", "averaged"}
         assert checkpoint["options"].keys() >= {"script", "img_size", "nproc_per_node"}
         return checkpoint
     except OSError:
@@ -543,6 +544,11 @@ def write_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 # --------------------------------------------------------------------------- training
+def running_mean(mean: Tensor, new: Tensor, n: Tensor) -> Tensor:
+    """Return the mean with another value: of all n + 1, then of about the last 500."""
+    return mean + (new - mean) * (1 / (n + 1)).clamp(min=0.002)
+
+
 def prepare(opt: argparse.Namespace) -> tuple[tuple[Tensor | None, ...], Scorer, list]:
     """Set up device and process group, load the data, claim the run's folder.
 
@@ -616,8 +622,11 @@ def train(opt: argparse.Namespace, prepared=None) -> str:
     adam = {"lr": opt.lr, "betas": (opt.b1, opt.b2), "fused": True}
     optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
+    # the mean of the generator over about 500 steps: what is sampled, scored and shown
+    averaged = AveragedModel(generator, avg_fn=running_mean, use_buffers=True)
     parts = {"generator": generator, "discriminator": discriminator}
     parts |= {"optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
+    parts |= {"averaged": averaged}
     step, sums, rows = 0, torch.zeros(5), []  # sums: of the figures since the last row
     if opt.resume:
         checkpoint = read_checkpoint(opt.resume)
@@ -640,7 +649,7 @@ def train(opt: argparse.Namespace, prepared=None) -> str:
         return step % LOG_EVERY == 0 or step % epoch_steps == 0
 
     def write_run() -> None:
-        pictures, style = sample(generator, sample_z), {"value_range": (-1, 1)}
+        pictures, style = sample(averaged, sample_z), {"value_range": (-1, 1)}
         for name in ("samples.png", f"samples/{step}.png"):
             save_image(pictures, folder / name, normalize=True, **style)
         here = ("device", "out_dir", "resume", "generate")  # a resumed run has its own
@@ -689,6 +698,7 @@ def train(opt: argparse.Namespace, prepared=None) -> str:
         optimizer_g.zero_grad()
         loss_g.backward()
         optimizer_g.step()
+        averaged.update_parameters(generator)
         discriminator.requires_grad_(True)
 
         with torch.no_grad():  # the figures stay on the device until a row is due
@@ -717,7 +727,7 @@ def train(opt: argparse.Namespace, prepared=None) -> str:
                 )
                 say(text, final=False)
                 if step == total or step % (epoch_steps * opt.eval_interval) == 0:
-                    score = scorer(generator, opt.seed)
+                    score = scorer(averaged, opt.seed)
                     text = "score {:.3f} frechet {:.2f} classes {}"
                     text = f"step {step}: {text} (real images: {text})"
                     if score:
@@ -747,6 +757,7 @@ def sweep(opt: argparse.Namespace) -> None:
     prepared, home, results, sheet = prepare(opt), Path(opt.out_dir), [], []
     z = torch.randn(64, opt.latent_dim, generator=rng(opt.seeds[0], 2))[:12]
     generator = Generator(opt.img_size, opt.channels, opt.latent_dim)
+    averaged = AveragedModel(generator)
     for margin, seed in itertools.product(opt.margins, opt.seeds):
         folder = home / f"margin_{margin:g}" / f"seed_{seed}"
         path = str(folder / "checkpoint.pt")
@@ -756,8 +767,8 @@ def sweep(opt: argparse.Namespace) -> None:
         row = train(argparse.Namespace(**vars(opt) | run), prepared)
         results.append(f"{margin:g},{seed},{row}")
         if seed == opt.seeds[0] and os.environ.get("RANK", "0") == "0":
-            generator.load_state_dict(read_checkpoint(path)["generator"])
-            sheet.append(sample(generator, z))
+            averaged.load_state_dict(read_checkpoint(path)["averaged"])
+            sheet.append(sample(averaged, z))
     if os.environ.get("RANK", "0") == "0":
         header = "margin,seed," + LOG_HEADER
         (home / "results.csv").write_text(header + "".join(results))
@@ -786,7 +797,8 @@ def sweep(opt: argparse.Namespace) -> None:
 def generate(opt: argparse.Namespace) -> None:
     """Write ``opt.generate`` pictures from a checkpoint, and a grid of the first 64."""
     generator = Generator(opt.img_size, opt.channels, opt.latent_dim).to(opt.device)
-    generator.load_state_dict(read_checkpoint(opt.resume)["generator"])
+    generator = AveragedModel(generator)
+    generator.load_state_dict(read_checkpoint(opt.resume)["averaged"])
     z = torch.randn(opt.generate, opt.latent_dim, generator=rng(opt.seed, 4))
     folder, style = Path(opt.out_dir), {"normalize": True, "value_range": (-1, 1)}
     folder.mkdir(parents=True, exist_ok=True)

@@ -734,6 +734,40 @@ def test_first_step_is_adam_on_the_equations(tmp_path, tiny):
             torch.testing.assert_close(2 * moment, p.grad, rtol=1e-2, atol=atol)
 
 
+def test_running_mean_is_the_mean_and_then_forgets():
+    values = torch.randn(900, 3, generator=torch.Generator().manual_seed(0)).double()
+    mean = values[0]
+    for n in range(1, 500):
+        mean = ebgan.running_mean(mean, values[n], torch.tensor(n))
+        torch.testing.assert_close(mean, values[: n + 1].mean(0))
+    for n in range(500, 900):
+        mean = ebgan.running_mean(mean, values[n], torch.tensor(n))
+    late = 0.998 ** torch.arange(399, -1, -1, dtype=torch.float64)
+    expected = 0.998**400 * values[:500].mean(0) + 0.002 * late @ values[500:]
+    torch.testing.assert_close(mean, expected)
+
+
+def test_what_is_shown_is_the_mean_of_the_generator(tmp_path, tiny):
+    states, argv = [], [*tiny, "--lr", 0.01]
+    for step in (1, 2, 3, 4):
+        run("ebgan_pt", *argv, "--max_steps", step, cwd=tmp_path)
+        saved, argv = load(tmp_path / "runs/ebgan_pt/checkpoint.pt"), ["--resume"]
+        states.append(saved["generator"])
+    generator = ebgan.Generator(8)
+    mean = {key: sum(x[key].double() for x in states) / 4 for key in states[0]}
+    generator.load_state_dict(mean)
+    for key, value in generator.state_dict().items():
+        if value.is_floating_point():  # all but batch norm's count of the steps
+            torch.testing.assert_close(saved["averaged"]["module." + key], value)
+    run("ebgan_pt", "--generate", 64, "--out_dir", "pics", cwd=tmp_path)
+    for name, place, key in (("runs/ebgan_pt/samples", 2, 2), ("pics/00000", 0, 4)):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            shown = np.asarray(picture)[place:, place:, 0][:8, :8]
+        z = torch.randn(64, 62, generator=ebgan.rng(0, key))[:1]
+        expected = ebgan.sample(generator, z)[0, 0] * 127.5 + 127.5
+        assert np.abs(shown - expected.numpy()).max() <= 1
+
+
 def test_amp_trains_in_colour_at_another_size(tmp_path):
     draw_pictures(tmp_path / "in", 20, (30, 40), "RGB")
     flags = ["--dataset", "folder", "--data_root", "in", "--img_size", 12, "--amp"]

@@ -534,8 +534,9 @@ def write_checkpoint(path: Path, checkpoint: dict) -> None:
 
 # --------------------------------------------------------------------------- training
 def running_mean(mean: Tensor, new: Tensor, n: Tensor) -> Tensor:
-    """Return the mean with another value: of all n + 1, then of about the last 500."""
-    return mean + (new - mean) * (1 / (n + 1)).clamp(min=0.002)
+    """Return the mean of n values and a new one: about the last tenth, at most 1000."""
+    decay = ((1 + n) / (10 + n)).clamp(max=0.999)
+    return decay * mean + (1 - decay) * new
 
 
 def prepare(opt: argparse.Namespace) -> tuple[tuple[Tensor | None, ...], Scorer, list]:
@@ -611,7 +612,7 @@ def train(opt: argparse.Namespace, prepared=None) -> str:
     adam = {"lr": opt.lr, "betas": (opt.b1, opt.b2), "fused": True}
     optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
-    # the mean of the generator over about 500 steps: what is sampled, scored and shown
+    # the mean of the generator's late steps: what is sampled, scored and shown
     averaged = AveragedModel(generator, avg_fn=running_mean, use_buffers=True)
     parts = {"generator": generator, "discriminator": discriminator}
     parts |= {"optimizer_g": optimizer_g, "optimizer_d": optimizer_d}

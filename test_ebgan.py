@@ -734,17 +734,16 @@ def test_first_step_is_adam_on_the_equations(tmp_path, tiny):
             torch.testing.assert_close(2 * moment, p.grad, rtol=1e-2, atol=atol)
 
 
-def test_running_mean_is_the_mean_and_then_forgets():
-    values = torch.randn(900, 3, generator=torch.Generator().manual_seed(0)).double()
-    mean = values[0]
-    for n in range(1, 500):
+def test_running_mean_is_that_of_tensorflow_with_num_updates():
+    values = torch.randn(9500, 2, generator=torch.Generator().manual_seed(0)).double()
+    mean, shares = values[0], np.ones(1)
+    for n in range(1, len(values)):
         mean = ebgan.running_mean(mean, values[n], torch.tensor(n))
-        torch.testing.assert_close(mean, values[: n + 1].mean(0))
-    for n in range(500, 900):
-        mean = ebgan.running_mean(mean, values[n], torch.tensor(n))
-    late = 0.998 ** torch.arange(399, -1, -1, dtype=torch.float64)
-    expected = 0.998**400 * values[:500].mean(0) + 0.002 * late @ values[500:]
-    torch.testing.assert_close(mean, expected)
+        decay = min(0.999, (1 + n) / (10 + n))
+        shares = np.append(shares * decay, 1 - decay)
+        if n in (1, 100, 8000, 9499):
+            expected = torch.from_numpy(shares) @ values[: n + 1]
+            torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_shown_is_the_mean_of_the_generator(tmp_path, tiny):
@@ -754,7 +753,16 @@ def test_what_is_shown_is_the_mean_of_the_generator(tmp_path, tiny):
         saved, argv = load(tmp_path / "runs/ebgan_pt/checkpoint.pt"), ["--resume"]
         states.append(saved["generator"])
     generator = ebgan.Generator(8)
-    mean = {key: sum(x[key].double() for x in states) / 4 for key in states[0]}
+    shares = (
+        2 / 11 * 3 / 12 * 4 / 13,
+        9 / 11 * 3 / 12 * 4 / 13,
+        9 / 12 * 4 / 13,
+        9 / 13,
+    )
+    mean = {
+        key: sum(a * x[key].double() for a, x in zip(shares, states, strict=True))
+        for key in states[0]
+    }
     generator.load_state_dict(mean)
     for key, value in generator.state_dict().items():
         if value.is_floating_point():  # all but batch norm's count of the steps

@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     names = ["digits", "mnist", "fashion-mnist", "kmnist", "cifar10", "svhn", "folder"]
     flag("--n_epochs", type=count, default=200, help="passes over the data [200]")
     flag("--batch_size", type=at_least(2), default=64, help="images a step [64]")
-    flag("--lr", type=at_least(1e-12, float), default=2e-4, help="Adam's rate [0.0002]")
+    flag("--lr", type=at_least(1e-12, float), default=1e-3, help="Adam's rate [0.001]")
     flag("--b1", type=decay, default=0.5, help="Adam's decay of the mean [0.5]")
     flag("--b2", type=decay, default=0.999, help="Adam's decay of the square [0.999]")
     flag("--n_cpu", type=count, default=8, help="threads that decode a folder [8]")

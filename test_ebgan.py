@@ -698,6 +698,7 @@ def test_it_learns(tmp_path):
 def test_first_step_is_adam_on_the_equations(tmp_path, tiny):
     """One step of the script against the same step on plain layers in float64."""
     for script, weight in (("ebgan", 0.0), ("ebgan_pt", 0.1)):
+        # a small rate: where a gradient is rounding, float32 and float64 step apart by it
         flags = ["--max_steps", 1, "--margin", 0.7, "--lr", 2e-4]
         run(script, *tiny, *flags, cwd=tmp_path)
         saved = load(tmp_path / f"runs/{script}/checkpoint.pt")

@@ -15,6 +15,7 @@ import os
 import pickle
 import platform
 import random
+import re
 import resource
 import signal
 import socket
@@ -637,8 +638,11 @@ def test_help_names_every_flag_with_its_default(module, capsys):
     for flag in vars(module.parse_args([])).keys() - {"script", "nproc_per_node"}:
         if flag not in ("margin", "seed") or module is not ebgan_margin_ablation:
             assert f"--{flag} " in text
-    for default in ("[200]", "[64]", "[0.001]", "[32]", "[400]", "[62]"):
-        assert default in text
+    defaults = {"n_epochs": 200, "batch_size": 64, "lr": 1e-3, "b1": 0.5, "b2": 0.999}
+    defaults |= {"img_size": 32, "sample_interval": 400, "latent_dim": 62}
+    for name, default in defaults.items():
+        assert getattr(module.parse_args([]), name) == default
+        assert re.search(rf"--{name} {name.upper()} [^\[]*\[{default:g}\]", text)
 
 
 # ------------------------------------------------------------------------ whole runs

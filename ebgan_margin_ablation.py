@@ -194,9 +194,7 @@ def load_images(
         paths = [x for x in paths if "/." not in f"/{x.relative_to(data_root)}"]
         paths = [x for x in paths if x.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
         if len(paths) < 20:
-            raise ValueError(
-                f"--data_root {data_root}: {len(paths)} pictures, 20 needed"
-            )
+            raise ValueError(f"--data_root {data_root}: fewer than 20 pictures")
         paths = [paths[i] for i in torch.randperm(len(paths), generator=rng(0))]
         imgs = torch.empty(len(paths), 3, *size, dtype=torch.uint8)
         with ThreadPool(n_cpu) as pool:
@@ -349,7 +347,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             opt.out_dir = opt.out_dir or folder
         elif opt.out_dir is None:
             opt.out_dir = time.strftime(f"runs/{SCRIPT}-%Y%m%d-%H%M%S")
-        elif any(Path(opt.out_dir).glob("*")):
+        elif not opt.out_dir or any(Path(opt.out_dir).glob("*")):
             raise ValueError(f"--out_dir '{opt.out_dir}' is no new or empty folder")
         if opt.img_size % 4:
             raise ValueError(f"--img_size {opt.img_size} is not a multiple of 4")
@@ -416,9 +414,8 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
     optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
     averaged = AveragedModel(generator, avg_fn=running_mean, use_buffers=True).eval()
-    parts = {"generator": generator, "discriminator": discriminator}
-    parts |= {"averaged": averaged}
-    parts |= {"optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
+    parts = {"generator": generator, "averaged": averaged, "optimizer_g": optimizer_g}
+    parts |= {"discriminator": discriminator, "optimizer_d": optimizer_d}
     folder = Path(opt.out_dir)
     start, row = 0, {}
     if opt.resume:
@@ -438,12 +435,13 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
         with warnings.catch_warnings(action="ignore"):  # newer torch renames the flag
             net_g = DDP(generator, broadcast_buffers=False)
             net_d = DDP(discriminator, broadcast_buffers=False)
-    # the flags that a resumed run has to share; the others are about this process alone
-    places = ("device", "out_dir", "resume", "generate")
+    places = {"device", "out_dir", "resume", "generate"}  # a resumed run has its own
     flags = {name: value for name, value in vars(opt).items() if name not in places}
     autocast = torch.autocast(opt.device.split(":")[0], torch.bfloat16, enabled=opt.amp)
-    where = f"on {opt.device}, into {folder}"
-    print(f"{opt.dataset}: {len(imgs)} images, {total} steps {where}", flush=True)
+    text = (
+        f"{opt.dataset}: {len(imgs)} images, {total} steps on {opt.device}, in {folder}"
+    )
+    print(text, flush=True)
     scored = RANK == 0 and start < total and labels.max() > 0
     if scored:
         classifier = train_classifier(imgs, labels, opt.device)
@@ -451,6 +449,7 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
         right = (in_parts(classifier, held).argmax(1) == held_labels).float().mean()
         print(f"classifier: {right:.2%} of the held-out images right")
         real = evaluate(classifier, imgs[:5000] / 127.5 - 1, held)
+
     tick, tick_step = time.perf_counter(), start
     for epoch in range(start // epoch_steps, math.ceil(total / epoch_steps)):
         order = torch.randperm(len(imgs), generator=rng(opt.seed, 0, epoch))
@@ -595,7 +594,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"stopped, go on with: {command}", file=sys.stderr)
         return 130
     except (OSError, ValueError, FloatingPointError) as error:
-        print(f"{SCRIPT}.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        where = f"{opt.out_dir}: " if isinstance(error, OSError) else ""
+        text = where + " ".join(str(error).split())
+        print(f"{SCRIPT}.py: error: {text}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():

@@ -487,18 +487,15 @@ def test_scripts_differ_in_the_variant_alone(first, limit):
         assert {line.split()[0] for line in lines} == {"loss_g"}
     changed = {name for name in one if one[name] != two.get(name)}
     assert changed == {"SCRIPT", "parse_args", ("train", "main")[first]}
-    assert two.keys() - one.keys() <= (
-        {"sweep", "SHOWN", "MARGINS"} if first else set()
-    )
+    assert two.keys() - one.keys() <= ({"sweep", "MARGINS"} if first else set())
     texts = [(HERE / f"{name}.py").read_text().splitlines() for name in NAMES[first:]]
     lines = difflib.unified_diff(*texts[:2], n=0, lineterm="")
     assert sum(line[0] in "+-" for line in list(lines)[2:]) <= limit
 
 
-@pytest.mark.parametrize(("script", "limit"), [*zip(NAMES, (450, 450, 520))])
-def test_script_is_short_and_its_losses_come_first(script, limit):
+@pytest.mark.parametrize("script", NAMES)
+def test_losses_come_first(script):
     text = (HERE / f"{script}.py").read_text()
-    assert len(text.splitlines()) <= limit
     nodes = [x for x in ast.parse(text).body if isinstance(x, ast.FunctionDef)]
     losses = ["energy", "discriminator_loss", "pullaway_loss"]
     assert [node.name for node in nodes[:3]] == losses
@@ -772,7 +769,7 @@ def test_full_disk_keeps_the_last_checkpoint(kept):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, hard))
     try:
-        refused(ebgan, "--resume", "x", "--max_steps", 3)
+        assert "error: x: " in refused(ebgan, "--resume", "x", "--max_steps", 3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

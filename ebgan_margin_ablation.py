@@ -550,9 +550,10 @@ def sweep(opt: argparse.Namespace, data: list[Tensor]) -> None:
     )
     table = table.view(len(opt.margins), len(opt.seeds), -1)
     print(f"mean +- standard deviation over the seeds {opt.seeds}")
-    for runs in table:
-        figures = zip(results[0], runs.mean(0), runs.std(0, correction=0))
-        print(*(f"{name} {mean:.4g} +- {std:.2g}  " for name, mean, std in figures))
+    for margin, runs in zip(opt.margins, table):
+        figures = [*zip(results[0], runs.mean(0), runs.std(0, correction=0))]
+        texts = (f"{name} {mean:.4g} +- {std:.2g}" for name, mean, std in figures[4:])
+        print(f"margin {margin:g}:", *texts, sep="  ")
     save_image(torch.cat(rows), home / "margins.png", nrow=12)
     picture = ImageOps.expand(Image.open(home / "margins.png"), (100, 0, 0, 0))
     for i, margin in enumerate(opt.margins):

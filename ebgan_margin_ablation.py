@@ -42,7 +42,6 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resize, rgb_to_g
 from torchvision.utils import save_image
 
 SCRIPT = "ebgan_margin_ablation"
-MARGINS = [0, 0.1, 0.3, 1, 3, 10]
 LOG_HEADER = "step,epoch,real_energy,fake_energy,hinge_active,pullaway,images_per_s,"
 LOG_HEADER += "score,frechet,classes,real_score,real_frechet,real_classes\n"
 RANK, WORLD = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))  # torchrun
@@ -300,10 +299,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", allow_abbrev=False)
     parser.usage = argparse.SUPPRESS  # an error is one line
     positive, decay, add = within(int, 1), within(float, 0, 1), parser.add_argument
-    margins, seeds = (
-        {"nargs": "+", "default": MARGINS},
-        {"nargs": "+", "default": [0, 1, 2]},
-    )
+    margins = {"nargs": "+", "default": [0, 0.1, 0.3, 1, 3, 10]}
+    seeds = {"nargs": "+", "default": [0, 1, 2]}
     add("--n_epochs", type=positive, default=200, help="passes over the data [200]")
     add("--batch_size", type=within(int, 2), default=64, help="images a step [64]")
     add("--lr", type=within(float, 1e-12), default=1e-3, help="Adam's rate [0.001]")
@@ -530,24 +527,20 @@ def sweep(opt: argparse.Namespace, data: list[Tensor]) -> None:
             run.margin, run.seed, run.out_dir = margin, seed, str(folder)
             checkpoint = folder / "checkpoint.pt"
             run.resume = str(checkpoint) if checkpoint.exists() else None
-            if (
-                folder.exists() and not run.resume
-            ):  # it was stopped before its first save
+            # a run that was stopped before its first checkpoint starts anew
+            if RANK == 0 and folder.exists() and not run.resume:
                 folder.rename(home / time.strftime(f"stopped_{seed}-%H%M%S"))
             results.append({"margin": f"{margin:g}", "seed": seed} | train(run, data))
         if RANK == 0:
-            generator, _ = load_run(
-                home / f"margin_{margin:g}" / f"seed_{opt.seeds[0]}"
-            )
+            generator, _ = load_run(f"{home}/margin_{margin:g}/seed_{opt.seeds[0]}")
             z = torch.randn(64, opt.latent_dim, generator=rng(opt.seeds[0], 2))
             rows.append(in_parts(generator, z[:12]) / 2 + 0.5)
     if RANK > 0:
         return
-    lines = [",".join(results[0]), *(",".join(map(str, x.values())) for x in results)]
-    (home / "results.csv").write_text("\n".join(lines) + "\n")
-    table = torch.tensor(
-        [list(map(float, x.values())) for x in results], dtype=torch.float64
-    )
+    with open(home / "results.csv", "w") as file:
+        for row in (results[0], *(result.values() for result in results)):
+            print(*row, sep=",", file=file)
+    table = torch.tensor([[float(x) for x in row.values()] for row in results])
     table = table.view(len(opt.margins), len(opt.seeds), -1)
     print(f"mean +- standard deviation over the seeds {opt.seeds}")
     for margin, runs in zip(opt.margins, table):

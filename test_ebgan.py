@@ -487,7 +487,7 @@ def test_scripts_differ_in_the_variant_alone(first, limit):
         assert {line.split()[0] for line in lines} == {"loss_g"}
     changed = {name for name in one if one[name] != two.get(name)}
     assert changed == {"SCRIPT", "parse_args", ("train", "main")[first]}
-    assert two.keys() - one.keys() <= ({"sweep", "MARGINS"} if first else set())
+    assert two.keys() - one.keys() <= ({"sweep"} if first else set())
     texts = [(HERE / f"{name}.py").read_text().splitlines() for name in NAMES[first:]]
     lines = difflib.unified_diff(*texts[:2], n=0, lineterm="")
     assert sum(line[0] in "+-" for line in list(lines)[2:]) <= limit

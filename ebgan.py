@@ -325,19 +325,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if opt.resume is not None or opt.generate:
             saved = load_checkpoint(opt.resume or "")
             path, flags = saved["path"], saved["flags"]
+            flags["out_dir"] = os.path.dirname(path) or "."
+            flags["out_dir"] += "/generated" if opt.generate else ""
             # again: a flag that is not typed has the run's value instead of the default
             opt = parser.parse_args(argv, argparse.Namespace(**flags))
             opt.script, opt.processes, opt.resume = SCRIPT, WORLD, path
             free = {"n_epochs", "max_steps", "sample_interval", "n_cpu", "data_root"}
-            free |= {"seed", "processes"} if opt.generate else set()
+            free |= {"seed", "processes", "out_dir"} if opt.generate else set()
             for name in sorted(flags.keys() - free):
                 if (now := getattr(opt, name)) != flags[name]:
                     raise ValueError(f"{name} {now}: {path} has {flags[name]}")
-            folder = os.path.dirname(path) or "."
-            if opt.out_dir is not None and not opt.generate:
-                raise ValueError(f"--out_dir: a resumed run stays in {folder}")
-            folder += "/generated" if opt.generate else ""
-            opt.out_dir = opt.out_dir or folder
         elif opt.out_dir is None:
             opt.out_dir = time.strftime(f"runs/{SCRIPT}-%Y%m%d-%H%M%S")
         elif not opt.out_dir or any(Path(opt.out_dir).glob("*")):

@@ -267,7 +267,10 @@ def in_parts(network: nn.Module, x: Tensor) -> Tensor:
 
 
 def evaluate(classifier: nn.Sequential, imgs: Tensor, real: Tensor) -> dict[str, float]:
-    """Score images in [-1, 1] against real ones, by a classifier's p(y|x) and features."""
+    """Score images in [-1, 1] against real ones, by a classifier's p(y|x) and features.
+
+    score: higher is better; frechet: lower; classes: those with 1 % of the images.
+    """
     features = in_parts(classifier[0], imgs)
     log_probs = in_parts(classifier[1], features).double().log_softmax(1)
     log_probs = log_probs.clamp(min=-20)  # or one sure image would outweigh the others
@@ -363,7 +366,8 @@ def load_checkpoint(run: str) -> dict:
     path = path if path.is_file() else max(path.glob(pattern), default=path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
-        return saved | {"path": str(path), "script": saved["flags"]["script"]}
+        script = saved["flags"]["script"]  # a foreign file has none
+        return saved | {"path": str(path), "script": script}
     except Exception as error:  # torch.load raises many kinds
         raise ValueError(f"--resume: {path} is no checkpoint, or damaged") from error
 
@@ -414,7 +418,7 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"--resume: {opt.resume} has other networks") from error
         start, row = saved["step"], saved["row"]
-        os.truncate(folder / "log.csv", saved["log_size"])
+        os.truncate(folder / "log.csv", saved["log_size"])  # later rows come again
     elif RANK == 0:
         (folder / "samples").mkdir(parents=True)  # fails where another run has begun
         (folder / "log.csv").write_text(LOG_HEADER)

@@ -3,7 +3,7 @@
 
 The discriminator is an auto-encoder; the energy of an image is its reconstruction error:
 
-    U(x) = mean over C*H*W of (Dec(Enc(x)) - x)^2                images lie in [-1, 1]
+    U(x) = || Dec(Enc(x)) - x ||,  images x in [-1, 1]           eq. 13
     L_D  = E_x[ U(x) ] + E_z[ max(0, margin - U(G(z))) ]         eq. 1, hinge per sample
     L_G  = E_z[ U(G(z)) ]                                        eq. 2
     f_PT = mean over i != j of cos(S_i, S_j)^2,  S = Enc(G(z))   section 2.4
@@ -17,6 +17,7 @@ fixes weights, noise and order of the images, so that only the margin differs.
 """
 
 import argparse
+import atexit
 import ctypes
 import io
 import math
@@ -25,7 +26,6 @@ import signal
 import socket
 import sys
 import time
-import warnings
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -36,25 +36,26 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, update_bn
 from torchvision import datasets
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, rgb_to_grayscale
 from torchvision.utils import save_image
 
 SCRIPT = "ebgan_margin_ablation"
 LOG_HEADER = "step,epoch,real_energy,fake_energy,hinge_active,pullaway,images_per_s,"
-LOG_HEADER += "score,frechet,classes,real_score,real_frechet,real_classes\n"
+LOG_HEADER += "tv_bound,score,frechet,classes,real_score,real_frechet,real_classes\n"
 RANK, WORLD = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))  # torchrun
 
 
 # ----------------------------------------------------------------------------- losses
-def energy(recon: Tensor, imgs: Tensor) -> Tensor:
-    """U(x): each image's mean squared error of reconstruction, N x C x S x S -> N."""
+def energy(recon: Tensor, imgs: Tensor, kind: str = "norm") -> Tensor:
+    """U(x): norm (eq. 13) or mean square (mse) of each error, N x C x S x S -> N."""
     dtype = torch.promote_types(recon.dtype, torch.float32)  # bfloat16 is too coarse
-    return (recon.to(dtype) - imgs.to(dtype)).square().flatten(1).mean(1)
+    error = (recon.to(dtype) - imgs.to(dtype)).flatten(1)
+    return error.norm(dim=1) if kind == "norm" else error.square().mean(1)
 
 
-def discriminator_loss(real: Tensor, fake: Tensor, margin: float) -> Tensor:
+def discriminator_loss(real: Tensor, fake: Tensor, margin: float | Tensor) -> Tensor:
     """L_D (eq. 1) from the energies, N each, of real and of generated images."""
     return real.mean() + (margin - fake).clamp(min=0).mean()
 
@@ -67,6 +68,16 @@ def pullaway_loss(embeddings: Tensor) -> Tensor:
         unit = F.normalize(embeddings.to(dtype), dim=1)  # zero stays zero
         cosines = (unit @ unit.T).fill_diagonal_(0)
         return cosines.square().sum() / max(n * (n - 1), 1)
+
+
+def tv_bound(real: Tensor, fake: Tensor, margin: float | Tensor) -> float:
+    """1 - L_D / margin, at least 0: data and generator are that far apart, in [0, 1].
+
+    For densities p, q and any U >= 0: p U + q max(0, m - U) >= m min(p, q) everywhere,
+    and min(p, q) integrates to 1 - TV. So L_D >= m (1 - TV), for m > 0.
+    """
+    loss = discriminator_loss(real, fake, margin)
+    return max(0.0, float(1 - loss / margin)) if margin > 0 else 0.0
 
 
 # ----------------------------------------------------------------------------- models
@@ -301,8 +312,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     names = ["digits", "mnist", "fashion-mnist", "kmnist", "cifar10", "svhn", "folder"]
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", allow_abbrev=False)
     parser.usage = argparse.SUPPRESS  # an error is one line
-    positive, decay, add = within(int, 1), within(float, 0, 1), parser.add_argument
-    margins = {"nargs": "+", "default": [0, 0.1, 0.3, 1, 3, 10]}
+    positive, decay, amount = within(int, 1), within(float, 0, 1), within(float, 0)
+    best = "mps" if torch.backends.mps.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else best
+    add = parser.add_argument
+    margins = {"nargs": "+", "default": [0, 5, 7, 10, 14, 20]}
     seeds = {"nargs": "+", "default": [0, 1, 2]}
     add("--n_epochs", type=positive, default=200, help="passes over the data [200]")
     add("--batch_size", type=within(int, 2), default=64, help="images a step [64]")
@@ -314,13 +328,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--img_size", type=within(int, 8), default=32, help="a multiple of 4 [32]")
     add("--channels", type=int, choices=(1, 3), help="grey or colour [as the data]")
     add("--sample_interval", type=positive, default=400, help="steps a save [400]")
-    add("--margins", type=within(float, 0), **margins, help="[0 0.1 0.3 1 3 10]")
-    add("--lambda_pt", type=within(float, 0), default=0.1, help="of f_PT [0.1]")
+    add("--energy", choices=("norm", "mse"), default="norm", help="U(x) [norm]")
+    add("--margins", type=amount, **margins, help="[0 5 7 10 14 20]")
+    add("--margin_ratio", type=amount, default=0, help="to the real energy [0]")
+    add("--lambda_pt", type=amount, default=0.1, help="weight of f_PT [0.1]")
     add("--dataset", choices=names, help="[mnist if it can be had, else digits]")
     add("--data_root", default="data", help="folder of data sets or pictures [data]")
     add("--out_dir", help="a new folder for the run [runs/<script>-<date>-<time>]")
     add("--seeds", type=within(int, 0), **seeds, help="one run each [0 1 2]")
-    add("--device", help="cpu, cuda, cuda:1, mps [cuda, else mps, else cpu]")
+    add("--device", default=best, help="cpu, cuda:1, mps [cuda, else mps, else cpu]")
     add("--amp", action="store_true", help="bfloat16; slower on most CPUs [off]")
     add("--max_steps", type=positive, default=1500, help="length of each run [1500]")
     add("--resume", nargs="?", const="", help="a run's folder or checkpoint [newest]")
@@ -329,14 +345,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     opt = parser.parse_args(argv)
     try:
         if opt.resume is not None or opt.generate:
-            saved = load_checkpoint(opt.resume or "")
-            path, flags = saved["path"], saved["flags"]
+            path, flags, _ = load_checkpoint(opt.resume or "")
             flags["out_dir"] = str(Path(path).parents[0 if opt.generate else 2])
             flags["out_dir"] += "/generated" if opt.generate else ""
             # again: a flag that is not typed has the run's value instead of the default
             opt = parser.parse_args(argv, argparse.Namespace(**flags))
             opt.script, opt.processes, opt.resume = SCRIPT, WORLD, path
             free = {"n_epochs", "max_steps", "sample_interval", "n_cpu", "data_root"}
+            free |= {"device", "resume", "generate"}
             free |= {"margins", "seeds"}
             free |= {"processes", "out_dir"} if opt.generate else set()
             for name in sorted(flags.keys() - free):
@@ -352,10 +368,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"--margins {opt.margins}: two are the same")
         if len(set(opt.seeds)) < len(opt.seeds):
             raise ValueError(f"--seeds {opt.seeds}: two are the same")
-        best = "mps" if torch.backends.mps.is_available() else "cpu"
-        opt.device = opt.device or ("cuda" if torch.cuda.is_available() else best)
-        if opt.device == "cuda" and WORLD > 1:
-            opt.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.zeros(1, device=opt.device).item()
     except ValueError as error:
         parser.error(str(error))
@@ -365,27 +377,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # --------------------------------------------------------------------------- training
-def load_checkpoint(run: str) -> dict:
-    """Read the checkpoint of a run's folder, or a file; of "" the newest run's."""
+def load_checkpoint(run: str) -> tuple[str, dict, dict]:
+    """Return path, flags and all of the checkpoint of a run, "" being the newest one."""
     pattern = "**/checkpoint.pt" if run else f"{SCRIPT}-*/**/checkpoint.pt"
     path = Path(run or "runs")
     path = path if path.is_file() else max(path.glob(pattern), default=path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
-        script = saved["flags"]["script"]  # a foreign file has none
-        return saved | {"path": str(path), "script": script}
+        return str(path), saved["flags"] | {"script": saved["flags"]["script"]}, saved
     except Exception as error:  # torch.load raises many kinds
         raise ValueError(f"--resume: {path} is no checkpoint, or damaged") from error
 
 
 def load_run(run: str) -> tuple[nn.Module, nn.Module]:
     """Return generator and discriminator of a run's folder or checkpoint, in eval mode."""
-    saved = load_checkpoint(run)
-    flags = argparse.Namespace(**saved["flags"])
+    _, flags, saved = load_checkpoint(run)
+    size = flags["img_size"], flags["channels"]
     with torch.device("meta"):  # draws no random weights, which would be replaced
-        generator = Generator(flags.img_size, flags.channels, flags.latent_dim)
-        discriminator = Discriminator(flags.img_size, flags.channels)
-        averaged = AveragedModel(generator)
+        averaged = AveragedModel(Generator(*size, flags["latent_dim"]))
+        discriminator = Discriminator(*size)
     averaged.load_state_dict(saved["averaged"], assign=True)
     discriminator.load_state_dict(saved["discriminator"], assign=True)
     return averaged.module.eval(), discriminator.eval()
@@ -417,7 +427,7 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
     folder = Path(opt.out_dir)
     start, row = 0, {}
     if opt.resume:
-        saved = load_checkpoint(opt.resume)
+        _, _, saved = load_checkpoint(opt.resume)
         try:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
@@ -430,23 +440,18 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
         (folder / "log.csv").write_text(LOG_HEADER)
     net_g, net_d = generator, discriminator
     if WORLD > 1:
-        with warnings.catch_warnings(action="ignore"):  # newer torch renames the flag
-            net_g = DDP(generator, broadcast_buffers=False)
-            net_d = DDP(discriminator, broadcast_buffers=False)
-    places = {"device", "out_dir", "resume", "generate"}  # a resumed run has its own
-    flags = {name: value for name, value in vars(opt).items() if name not in places}
+        net_g = DDP(generator, broadcast_buffers=False)
+        net_d = DDP(discriminator, broadcast_buffers=False)
     autocast = torch.autocast(opt.device.split(":")[0], torch.bfloat16, enabled=opt.amp)
-    text = (
-        f"{opt.dataset}: {len(imgs)} images, {total} steps on {opt.device}, in {folder}"
-    )
-    print(text, flush=True)
-    scored = RANK == 0 and start < total and labels.max() > 0
-    if scored:
+    where = f"{total} steps on {opt.device}, in {folder}"
+    print(f"{opt.dataset}: {len(imgs)} images, {where}", flush=True)
+    held, classifier = held_imgs / 127.5 - 1, None
+    if RANK == 0 and start < total and labels.max() > 0:
         classifier = train_classifier(imgs, labels, opt.device)
-        held = held_imgs / 127.5 - 1
         right = (in_parts(classifier, held).argmax(1) == held_labels).float().mean()
         print(f"classifier: {right:.2%} of the held-out images right")
         real = evaluate(classifier, imgs[:5000] / 127.5 - 1, held)
+        real = {f"real_{name}": value for name, value in real.items()}
 
     tick, tick_step = time.perf_counter(), start
     for epoch in range(start // epoch_steps, math.ceil(total / epoch_steps)):
@@ -461,9 +466,14 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
             # discriminator: real images to low energy, generated ones to the margin
             with autocast:
                 gen_imgs = net_g(z.to(opt.device))
-                real_energy = energy(net_d(real_imgs)[0], real_imgs)
-                fake_energy = energy(net_d(gen_imgs.detach())[0], gen_imgs.detach())
-            loss_d = discriminator_loss(real_energy, fake_energy, opt.margin)
+                fake_imgs = gen_imgs.detach()
+                real_energy = energy(net_d(real_imgs)[0], real_imgs, opt.energy)
+                fake_energy = energy(net_d(fake_imgs)[0], fake_imgs, opt.energy)
+            margin = torch.tensor(opt.margin)
+            if opt.margin_ratio > 0:  # the margin follows the real energy down
+                mean = real_energy.detach().mean()
+                margin = (opt.margin_ratio * mean).clamp(max=opt.margin)
+            loss_d = discriminator_loss(real_energy, fake_energy, margin)
             optimizer_d.zero_grad()
             loss_d.backward()
             optimizer_d.step()
@@ -471,7 +481,7 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
             # generator: its images to low energy, by reconstruction and by image
             with autocast:
                 recon, embedding = discriminator(gen_imgs)
-            loss_g = energy(recon, gen_imgs).mean()
+            loss_g = energy(recon, gen_imgs, opt.energy).mean()
             loss_g = loss_g + opt.lambda_pt * pullaway_loss(embedding)
             optimizer_g.zero_grad()
             loss_g.backward(inputs=list(generator.parameters()))
@@ -487,13 +497,25 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
             row = {"step": step, "epoch": epoch + 1}
             row["real_energy"] = real_energy.mean().item()
             row["fake_energy"] = fake_energy.mean().item()
-            row["hinge_active"] = (fake_energy < opt.margin).float().mean().item()
+            row["hinge_active"] = (fake_energy < margin).float().mean().item()
             row["pullaway"] = pullaway_loss(embedding).item()
             row["images_per_s"] = (step - tick_step) * n / (time.perf_counter() - tick)
-            if step == last and scored:
+            if save:  # with statistics of real images D's eval mode is an energy
+                some = imgs[:2000].tensor_split(4)
+                update_bn((x.to(opt.device) / 127.5 - 1 for x in some), discriminator)
+            if step == last:
                 z = torch.randn(5000, opt.latent_dim, generator=rng(opt.seed, 3))
-                row |= evaluate(classifier, in_parts(averaged, z), held)
-                row |= {f"real_{name}": value for name, value in real.items()}
+                made = in_parts(averaged, z)
+                discriminator.eval()
+                with torch.no_grad():
+                    sets = [x[:1000].to(opt.device) for x in (held, made)]
+                    energies = [
+                        energy(discriminator(x)[0], x, opt.energy) for x in sets
+                    ]
+                discriminator.train()
+                row["tv_bound"] = tv_bound(*energies, margin)
+                if classifier:
+                    row |= evaluate(classifier, made, held) | real
             print(*(f"{name} {value:.5g}" for name, value in row.items()), flush=True)
             with open(folder / "log.csv", "a") as log:
                 print(*row.values(), sep=",", file=log)
@@ -502,7 +524,7 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
                 for name in ("samples.png", f"samples/{step}.png"):
                     save_image(in_parts(averaged, z) / 2 + 0.5, folder / name)
                 saved = {name: part.state_dict() for name, part in parts.items()}
-                saved |= {"step": step, "row": row, "flags": flags}
+                saved |= {"step": step, "row": row, "flags": vars(opt)}
                 saved["log_size"] = (folder / "log.csv").stat().st_size
                 buffer = io.BytesIO()  # torch.save to a full disk is no OSError
                 torch.save(saved, buffer)
@@ -572,8 +594,6 @@ def main(argv: list[str] | None = None) -> int:
                 save_image(img, Path(opt.out_dir, f"{i:05d}.png"))
             print(f"wrote {len(imgs)} pictures and grid.png to {opt.out_dir}")
             return 0
-        if WORLD > 1:
-            dist.init_process_group()
         if RANK > 0:
             dist.barrier()  # until the first process has downloaded the data
         opt.dataset = opt.dataset or default_dataset(opt.data_root)
@@ -593,13 +613,15 @@ def main(argv: list[str] | None = None) -> int:
         text = where + " ".join(str(error).split())
         print(f"{SCRIPT}.py: error: {text}", file=sys.stderr)
         return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     socket.setdefaulttimeout(5)  # seconds for each of torchvision's two mirrors
+    if WORLD > 1:
+        dist.init_process_group()
+        atexit.register(dist.destroy_process_group)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if RANK > 0:
         sys.stdout = None  # the first process prints
     if sys.platform == "linux":

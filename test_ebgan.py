@@ -40,20 +40,25 @@ close = torch.testing.assert_close
 
 
 # ----------------------------------------------------------------------------- losses
+@pytest.mark.parametrize("kind", ["norm", "mse"])
 @pytest.mark.parametrize("shape", [(5, 1, 4, 4), (3, 3, 8, 4), (1, 1, 2, 2)])
-def test_energy_is_the_mean_squared_error_of_each_image(shape):
+def test_energy_is_the_error_of_each_image(shape, kind):
     recon, imgs = torch.randn(2, *shape, dtype=torch.float64).requires_grad_()
-    values = ebgan.energy(recon, imgs)
+    values, size = ebgan.energy(recon, imgs, kind), math.prod(shape[1:])
     assert values.shape == shape[:1]
     for n in range(shape[0]):
         total = 0.0
         for c, h, w in itertools.product(*map(range, shape[1:])):
             total += (recon[n, c, h, w].item() - imgs[n, c, h, w].item()) ** 2
-        assert values[n].item() == pytest.approx(total / math.prod(shape[1:]))
+        expected = math.sqrt(total) if kind == "norm" else total / size
+        assert values[n].item() == pytest.approx(expected)
     # the gradient goes through the reconstruction and through the image
     gradients = torch.autograd.grad(values.sum(), [recon, imgs])
-    expected = 2 * (recon - imgs).detach() / math.prod(shape[1:])
+    steep = 1 / values if kind == "norm" else torch.full(shape[:1], 2 / size)
+    expected = ((recon - imgs) * steep.view(-1, 1, 1, 1)).detach()
     close(gradients, (expected, -expected))
+    (gradient,) = torch.autograd.grad(ebgan.energy(recon, recon, kind).sum(), recon)
+    assert not gradient.any()  # finite where the reconstruction is exact
 
 
 @pytest.mark.parametrize("margin", [0, 0.5, 1.0, 7.0])
@@ -104,13 +109,29 @@ def test_pullaway_loss_worked_out_by_hand_has_a_finite_gradient(expected, rows):
 
 def test_losses_of_bfloat16_are_taken_in_float32():
     recon, imgs = torch.rand(2, 4, 1, 8, 8).bfloat16()
-    exact = (recon.double() - imgs.double()).square().mean((1, 2, 3)).float()
+    exact = (recon.double() - imgs.double()).square().mean((1, 2, 3))
     embeddings = torch.randn(8, 32).bfloat16()
     pullaway = torch.tensor(slow_pullaway(embeddings))
     with torch.autocast("cpu", torch.bfloat16):
-        close(ebgan.energy(recon, imgs), exact, rtol=1e-6, atol=0)
+        for kind, value in (("mse", exact), ("norm", (64 * exact).sqrt())):
+            close(ebgan.energy(recon, imgs, kind), value.float(), rtol=1e-6, atol=0)
         close(ebgan.pullaway_loss(embeddings.float()), pullaway, rtol=1e-5, atol=0)
     close(ebgan.pullaway_loss(embeddings), pullaway, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("margin", [0.3, 10])
+def test_bound_is_the_total_variation_for_the_best_energy_alone(margin):
+    # densities of twelve points in fortieths, drawn as so many samples of each point
+    p, q = (np.random.default_rng(k).multinomial(40, [1 / 12] * 12) for k in (0, 1))
+    distance = sum(abs(a - b) for a, b in zip(p, q)) / 2 / 40
+    best = torch.tensor([0.0 if a >= b else margin for a, b in zip(p, q)])
+    samples = [torch.arange(12).repeat_interleave(torch.tensor(x)) for x in (p, q)]
+    bound = ebgan.tv_bound(best[samples[0]], best[samples[1]], margin)
+    assert bound == pytest.approx(distance)
+    others = [*(torch.rand(200, 12) * 2 * margin), *(best + torch.rand(200, 12) / 99)]
+    bounds = [ebgan.tv_bound(u[samples[0]], u[samples[1]], margin) for u in others]
+    assert 0 == min(bounds) < max(bounds) < distance
+    assert ebgan.tv_bound(best, best, 0) == 0
 
 
 # ------------------------------------------------------------- the first training step
@@ -181,12 +202,18 @@ def load(run):
     return torch.load(Path(run, "checkpoint.pt"), weights_only=True)
 
 
-MARGIN = 0.008
 # a small rate: where a gradient is rounding, float32 and float64 step apart by it
-ONE_STEP = ["--max_steps", 1, "--margin", MARGIN, "--lr", 2e-4, "--out_dir", "x"]
+ONE_STEP = ["--max_steps", 1, "--lr", 2e-4, "--out_dir", "x"]
+MSE = ["--energy", "mse", "--margin", 0.008, "--margin_ratio", 0]
+NORM = ["--margin_ratio", 0.093]
 
 
-def check_first_step(run, root, weight, ranks):
+def plain_energy(recon, imgs, kind):
+    squares = (recon - imgs).square().flatten(1)
+    return squares.mean(1) if kind == "mse" else squares.sum(1).sqrt()
+
+
+def check_first_step(run, root, weight, ranks, kind):
     """Compare a run's first step with the equations on plain layers in float64.
 
     The margin lies between the energies of the generated images. Adam's mean of the
@@ -202,11 +229,12 @@ def check_first_step(run, root, weight, ranks):
         z = torch.randn(4, 62, generator=ebgan.rng(0, 1, 1, rank)).double()
         real, fake = imgs[order[4 * rank :][:4]], plain_g(z)
         fakes.append(fake)
-        for u in (plain_d(real)[0] - real).square().mean((1, 2, 3)):
-            loss += u / 4 / ranks
-        for u in (plain_d(fake.detach())[0] - fake.detach()).square().mean((1, 2, 3)):
-            if u < MARGIN:
-                loss += (MARGIN - u) / 4 / ranks
+        energies = plain_energy(plain_d(real)[0], real, kind)
+        margin = 0.008 if kind == "mse" else 0.093 * energies.mean().item()
+        loss += energies.mean() / ranks
+        for u in plain_energy(plain_d(fake.detach())[0], fake.detach(), kind):
+            if u < margin:
+                loss += (margin - u) / 4 / ranks
                 active += 1
     assert 0 < active < 4 * ranks  # or a hinge on the mean would not be seen
     gradients = {"optimizer_d": torch.autograd.grad(loss, plain_d.parameters())}
@@ -217,7 +245,7 @@ def check_first_step(run, root, weight, ranks):
     for fake in fakes:
         recon, embedding = plain_d(fake)
         cos = F.cosine_similarity(embedding[:, None], embedding, dim=2)
-        loss += (recon - fake).square().mean() / ranks
+        loss += plain_energy(recon, fake, kind).mean() / ranks
         loss += weight * (cos.square().sum() - 4) / 12 / ranks
     gradients["optimizer_g"] = torch.autograd.grad(loss, plain_g.parameters())
     for name, expected in gradients.items():
@@ -230,9 +258,10 @@ def check_first_step(run, root, weight, ranks):
 
 
 @pytest.mark.parametrize(("script", "weight"), [(ebgan, 0.0), (ebgan_pt, 0.1)])
-def test_first_step_is_adam_on_the_equations(script, weight, tiny):
-    call(script, *tiny, *ONE_STEP)
-    check_first_step("x", tiny[3], weight, ranks=1)
+@pytest.mark.parametrize(("kind", "flags"), [("mse", MSE), ("norm", NORM)])
+def test_first_step_is_adam_on_the_equations(script, weight, kind, flags, tiny):
+    call(script, *tiny, *ONE_STEP, *flags)
+    check_first_step("x", tiny[3], weight, 1, kind)
 
 
 # ---------------------------------------------------------------------------- networks
@@ -515,7 +544,7 @@ def test_help_names_every_flag_with_its_default(script):
             values = [float(x) for x in number[1].split()]
             assert np.ravel(defaults[flag]).tolist() == values
     assert (defaults["n_epochs"], defaults["batch_size"]) == (200, 64)
-    assert defaults.get("margins", 1) in (1, [0, 0.1, 0.3, 1, 3, 10])
+    assert defaults.get("margins", 1) in (1, [0, 5, 7, 10, 14, 20])
 
 
 # ------------------------------------------------- processes that run beside the tests
@@ -525,7 +554,8 @@ def started(tiny, tmp_path_factory):
 
     Return {name: (folder, process)}.
     """
-    train, first_step = (" ".join(map(str, x)) for x in (tiny, [*tiny, *ONE_STEP]))
+    train = " ".join(map(str, tiny))
+    first_step = " ".join(map(str, [*tiny, *ONE_STEP, *NORM]))
     torchrun = "torch.distributed.run --nproc_per_node=2 --standalone --redirects 3"
     imports = "import sys; sys.argv[1:] = ['--bad']; import " + ", ".join(NAMES)
     until = "until [ -e x/checkpoint.pt ] || ! kill -0 $!; do sleep 0.01; done"
@@ -568,12 +598,15 @@ def read_log(folder):
     return {int(row["step"]): row for row in rows}
 
 
+PLACES = {"max_steps", "out_dir", "resume"}
+
+
 def same(one, two):
-    """Say whether two checkpoints agree to the bit, but for speed and --max_steps."""
+    """Say whether two checkpoints agree to the bit, but for speed and place."""
     if torch.is_tensor(one):
         return torch.equal(one, two)
     if isinstance(one, dict):
-        keys = one.keys() - {"images_per_s", "max_steps", "log_size"}
+        keys = one.keys() - {"images_per_s", "log_size", *PLACES}
         return one.keys() == two.keys() and all(same(one[x], two[x]) for x in keys)
     if isinstance(one, list):
         return len(one) == len(two) and all(map(same, one, two))
@@ -589,11 +622,25 @@ def test_run_leaves_a_log_pictures_and_a_checkpoint(whole):
     parts = "generator discriminator averaged optimizer_g optimizer_d step row flags"
     assert saved.keys() >= set(parts.split())
     assert saved["step"] == saved["row"]["step"] == 52
-    assert saved["flags"]["margin"] == 1  # max(1, batch_size / 64)
-    # always in training mode: D sees a real batch and, twice, a generated one
-    for name, times in (("generator", 1), ("discriminator", 3)):
-        counts = [x for key, x in saved[name].items() if "num_batches" in key]
-        assert [count.item() for count in counts] == [times * 52] * 2
+    assert saved["flags"]["margin"] == pytest.approx(10 * 8 / 32)  # the paper's
+    counts = [x for key, x in saved["generator"].items() if "num_batches" in key]
+    assert [count.item() for count in counts] == [52] * 2  # always in training mode
+    assert 0 <= float(log[9]["tv_bound"]) <= 1 and not log[9]["score"]  # no classes
+    assert not log[20]["tv_bound"]
+
+
+def test_discriminator_of_a_run_is_an_energy_of_one_image(whole, tiny):
+    imgs = ebgan.load_images("folder", tiny[3], 8, None, 1)[0] / 127.5 - 1
+    generator, discriminator = ebgan.load_run(whole)
+    assert not any(x.training for x in [*generator.modules(), *discriminator.modules()])
+    energies = ebgan.energy(discriminator(imgs)[0], imgs)
+    for i in range(3):
+        (alone,) = ebgan.energy(discriminator(imgs[i : i + 1])[0], imgs[i : i + 1])
+        close(alone, energies[i])
+    embedding = discriminator(imgs)[1]  # what the first normalisation sees
+    var = torch.stack([part.var(0) for part in embedding.split(9)])  # four batches
+    close(discriminator.norm1.running_mean, embedding.mean(0), rtol=1e-4, atol=1e-5)
+    close(discriminator.norm1.running_var, var.mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_newest_run_goes_on_and_generates(tiny):
@@ -646,8 +693,7 @@ def test_pictures_are_those_of_the_running_mean(tiny):
         if "num_batches" not in key:
             close(load("x")["averaged"]["module." + key], value)
     call(ebgan_pt, "--generate", 64, "--resume", "x")
-    generator, discriminator = ebgan_pt.load_run("x")
-    assert not any(x.training for x in [*generator.modules(), *discriminator.modules()])
+    generator, _ = ebgan_pt.load_run("x")
     for file, corner, key in (("samples.png", 2, 2), ("generated/00000.png", 0, 4)):
         shown = np.asarray(Image.open(Path("x", file)))[corner:, corner:, 0][:8, :8]
         z = torch.randn(64, 62, generator=ebgan.rng(0, key))[:1]
@@ -799,7 +845,15 @@ def test_checkpoint_that_is_not_this_scripts_is_refused(kept):
 
 
 def test_flag_that_contradicts_the_checkpoint_is_named(kept):
-    flags = {"img_size": 16, "channels": 3, "latent_dim": 5, "batch_size": 8, "b1": 0}
+    flags = {
+        "energy": "mse",
+        "margin_ratio": 0,
+        "img_size": 16,
+        "channels": 3,
+        "latent_dim": 5,
+        "batch_size": 8,
+        "b1": 0,
+    }
     flags |= {"dataset": "digits", "lr": 0.5, "seed": 9, "margin": 3.0, "out_dir": "y"}
     for flag, value in flags.items():
         assert flag in refused(ebgan, "--resume", "x", f"--{flag}", value)
@@ -810,7 +864,7 @@ def test_two_processes_average_the_gradients_of_their_halves(started, tiny):
     folder, bash = started["torchrun"]
     _, err = bash.communicate()
     assert bash.returncode == 0, err
-    check_first_step(folder / "x", tiny[3], 0.1, ranks=2)
+    check_first_step(folder / "x", tiny[3], 0.1, 2, "norm")
     said = [next(folder.glob(f"y/**/{i}/stdout.log")).read_text() for i in (0, 1)]
     assert said[0].count("step 1 ") == 1
     assert said[1] == ""  # the first process alone writes
@@ -838,7 +892,7 @@ def test_import_has_no_effect_whatever_argv_holds(started):
 BAD = """
 --batch_size 1 | --batch_size 0 | --batch_size 41 | --batch_size many | --n_epochs 0
 --img_size 30 | --img_size 4 | --img_size -32 | --channels 2 | --latent_dim 0
---margin -1 | --margin nan | --margin inf | --lr 0 | --lr -1e-3 | --lr nan
+--energy sum | --margin -1 | --margin nan | --margin inf | --margin_ratio -1 | --lr 0 | --lr -1e-3 | --lr nan
 --b1 1 | --b2 -0.1 | --n_cpu -1 | --sample_interval 0 | --max_steps 0 | --max_steps 1.5
 --generate 0 | --seed -1 | --seed 99999999999999999999
 --dataset imagenet | --device gpu | --device cuda:99 | --device meta

@@ -318,7 +318,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--n_epochs", type=positive, default=200, help="passes over the data [200]")
     add("--batch_size", type=within(int, 2), default=64, help="images a step [64]")
-    add("--lr", type=within(float, 1e-12), default=1e-3, help="Adam's rate [0.001]")
+    add("--lr", type=within(float, 1e-12), default=2e-3, help="Adam's rate [0.002]")
     add("--b1", type=decay, default=0.5, help="Adam's decay of the mean [0.5]")
     add("--b2", type=decay, default=0.999, help="Adam's decay of the square [0.999]")
     add("--n_cpu", type=positive, default=8, help="threads that decode a folder [8]")
@@ -377,7 +377,7 @@ def load_checkpoint(run: str) -> tuple[str, dict, dict]:
     path = path if path.is_file() else max(path.glob(pattern), default=path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
-        return str(path), saved["flags"] | {"script": saved["flags"]["script"]}, saved
+        return str(path), saved["flags"], saved
     except Exception as error:  # torch.load raises many kinds
         raise ValueError(f"--resume: {path} is no checkpoint, or damaged") from error
 
@@ -501,12 +501,10 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
                 made = in_parts(averaged, z)
                 discriminator.eval()
                 with torch.no_grad():
-                    sets = [x[:1000].to(opt.device) for x in (held, made)]
-                    energies = [
-                        energy(discriminator(x)[0], x, opt.energy) for x in sets
-                    ]
+                    both = [x[:1000].to(opt.device) for x in (held, made)]
+                    values = [energy(discriminator(x)[0], x, opt.energy) for x in both]
                 discriminator.train()
-                row["tv_bound"] = tv_bound(*energies, margin)
+                row["tv_bound"] = tv_bound(*values, margin)
                 if classifier:
                     row |= evaluate(classifier, made, held) | real
             print(*(f"{name} {value:.5g}" for name, value in row.items()), flush=True)

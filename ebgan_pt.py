@@ -70,14 +70,14 @@ def pullaway_loss(embeddings: Tensor) -> Tensor:
         return cosines.square().sum() / max(n * (n - 1), 1)
 
 
-def tv_bound(real: Tensor, fake: Tensor, margin: float | Tensor) -> float:
+def tv_bound(real: Tensor, fake: Tensor, margin: float) -> float:
     """1 - L_D / margin, at least 0: data and generator are that far apart, in [0, 1].
 
     For densities p, q and any U >= 0: p U + q max(0, m - U) >= m min(p, q) everywhere,
     and min(p, q) integrates to 1 - TV. So L_D >= m (1 - TV), for m > 0.
     """
-    loss = discriminator_loss(real, fake, margin)
-    return max(0.0, float(1 - loss / margin)) if margin > 0 else 0.0
+    loss = discriminator_loss(real, fake, margin).item()
+    return max(0.0, 1 - loss / margin) if margin > 0 else 0.0
 
 
 # ----------------------------------------------------------------------------- models
@@ -504,7 +504,7 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
                     both = [x[:1000].to(opt.device) for x in (held, made)]
                     values = [energy(discriminator(x)[0], x, opt.energy) for x in both]
                 discriminator.train()
-                row["tv_bound"] = tv_bound(*values, margin)
+                row["tv_bound"] = tv_bound(*values, opt.margin)
                 if classifier:
                     row |= evaluate(classifier, made, held) | real
             print(*(f"{name} {value:.5g}" for name, value in row.items()), flush=True)

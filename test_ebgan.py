@@ -13,6 +13,7 @@ import math
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -612,6 +613,24 @@ def test_sweep_compares_margins_and_goes_on_where_it_stopped(tiny):
     assert "\nstep " not in call(sweep, "--resume", "x")[0]  # no run is trained twice
     call(sweep, "--generate", 1, "--resume", "x/margin_0/seed_5", "--out_dir", "pics")
     assert Path("pics/00000.png").exists()
+
+
+def test_python_code_in_the_readme_runs(whole, monkeypatch, capsys):
+    def load_images(name, *_):
+        return [None, None, ebgan.synthetic_digits(50, 8, seed=len(name))[0], None]
+
+    monkeypatch.setattr(ebgan, "load_images", load_images)
+    shutil.copytree(whole, "runs/mnist")
+    text = (HERE / "README.md").read_text()
+    score, fold = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    Path("score.py").write_text(score)
+    Path("fold.py").write_text(fold.replace("number=50", "number=1"))
+    auroc = runpy.run_path("score.py")["auroc"]
+    runpy.run_path("fold.py")
+    assert all(float(x) > 0 for x in capsys.readouterr().out.split())
+    a, b = torch.rand(30), torch.rand(20) + 0.2
+    pairs = [float(two > one) for one in a for two in b]
+    assert auroc(a, b).item() == pytest.approx(sum(pairs) / len(pairs))
 
 
 # --------------------------------------------------------------- resuming and stopping

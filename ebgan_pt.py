@@ -328,7 +328,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sample_interval", type=positive, default=400, help="steps a save [400]")
     add("--energy", choices=("norm", "mse"), default="norm", help="U(x) [norm]")
     add("--margin", type=amount, help="[norm 10 at 1 x 32 x 32, mse batch_size / 64]")
-    add("--margin_ratio", type=amount, default=1.1, help="to the real energy [1.1]")
+    add("--margin_ratio", type=amount, help="to the real energy [norm 1.1, mse 0: off]")
     add("--lambda_pt", type=amount, default=0.1, help="weight of f_PT [0.1]")
     add("--dataset", choices=names, help="[mnist if it can be had, else digits]")
     add("--data_root", default="data", help="folder of data sets or pictures [data]")
@@ -548,10 +548,11 @@ def main(argv: list[str] | None = None) -> int:
         if WORLD > 1 and RANK == 0:
             dist.barrier()
         opt.channels = data[0].shape[1]
-        if opt.margin is None and opt.energy == "norm":
-            opt.margin = 10 / 32 * (opt.channels * opt.img_size**2) ** 0.5
-        elif opt.margin is None:
-            opt.margin = max(1.0, opt.batch_size / 64)
+        margin, ratio = 10 / 32 * (opt.channels * opt.img_size**2) ** 0.5, 1.1
+        if opt.energy == "mse":  # as in the listings
+            margin, ratio = max(1.0, opt.batch_size / 64), 0.0
+        opt.margin = margin if opt.margin is None else opt.margin
+        opt.margin_ratio = ratio if opt.margin_ratio is None else opt.margin_ratio
         train(opt, data)
         return 0
     except KeyboardInterrupt:

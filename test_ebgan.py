@@ -185,7 +185,7 @@ def load(run):
 
 # a small rate: where a gradient is rounding, float32 and float64 step apart by it
 ONE_STEP = ["--max_steps", 1, "--lr", 2e-4, "--out_dir"]
-MSE = ["--energy", "mse", "--margin", 0.008, "--margin_ratio", 0]
+MSE = ["--energy", "mse", "--margin", 0.008]
 NORM = ["--margin_ratio", 0.093]
 
 
@@ -522,6 +522,7 @@ def test_run_leaves_a_log_pictures_and_a_checkpoint(whole):
         assert Image.open(whole / f"{name}.png").size == (82, 82)
     assert saved["step"] == saved["row"]["step"] == 52
     assert saved["flags"]["margin"] == pytest.approx(10 * 8 / 32)  # the paper's
+    assert saved["flags"]["margin_ratio"] == 1.1
     counts = [x for key, x in saved["generator"].items() if "num_batches" in key]
     assert [count.item() for count in counts] == [52] * 2  # always in training mode
 
@@ -628,9 +629,11 @@ def test_python_code_in_the_readme_runs(whole, monkeypatch, capsys):
     auroc = runpy.run_path("score.py")["auroc"]
     runpy.run_path("fold.py")
     assert all(float(x) > 0 for x in capsys.readouterr().out.split())
-    a, b = torch.rand(30), torch.rand(20) + 0.2
-    pairs = [float(two > one) for one in a for two in b]
-    assert auroc(a, b).item() == pytest.approx(sum(pairs) / len(pairs))
+    normal, strange = load_images("digits")[2] / 127.5 - 1, torch.rand(20, 1, 8, 8)
+    _, discriminator = ebgan.load_run(whole)
+    one, two = (ebgan.energy(discriminator(x)[0], x) for x in (normal, strange))
+    pairs = [float(b > a) for a in one for b in two]
+    assert auroc(normal, strange).item() == pytest.approx(sum(pairs) / len(pairs))
 
 
 # --------------------------------------------------------------- resuming and stopping

@@ -26,6 +26,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -147,7 +148,7 @@ class Discriminator(nn.Module):
 
 # ------------------------------------------------------------------------------- data
 def rng(*key: int) -> torch.Generator:
-    """Return a generator seeded by its key: each random draw is a function of numbers."""
+    """Return a generator for a key such as (seed, purpose, step): no state is kept."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed) >> 1)
 
@@ -386,7 +387,7 @@ def load_checkpoint(run: str) -> tuple[str, dict, dict]:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
         return str(path), saved["flags"], saved
     except Exception as error:  # torch.load raises many kinds
-        raise ValueError(f"--resume: {path} is no checkpoint, or damaged") from error
+        raise ValueError(f"--resume: no readable checkpoint in {path}") from error
 
 
 def load_run(run: str) -> tuple[nn.Module, nn.Module]:
@@ -402,7 +403,7 @@ def load_run(run: str) -> tuple[nn.Module, nn.Module]:
 
 
 def running_mean(mean: Tensor, new: Tensor, n: Tensor) -> Tensor:
-    """Return the mean of n values and a new one: about the last tenth, at most 1000."""
+    """Return the mean moved to a new value by 9 / (10 + n), but by 0.001 at least."""
     return mean + (new - mean) * (9 / (10 + n)).clamp(min=0.001)
 
 
@@ -443,7 +444,7 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
         net_g = DDP(generator, broadcast_buffers=False)
         net_d = DDP(discriminator, broadcast_buffers=False)
     autocast = torch.autocast(opt.device.split(":")[0], torch.bfloat16, enabled=opt.amp)
-    where = f"{total} steps on {opt.device}, in {folder}"
+    where = f"step {start} of {total} on {opt.device}, in {folder}"
     print(f"{opt.dataset}: {len(imgs)} images, {where}", flush=True)
     held, classifier = held_imgs / 127.5 - 1, None
     if RANK == 0 and start < total and labels.max() > 0:
@@ -469,7 +470,7 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
                 fake_imgs = gen_imgs.detach()
                 real_energy = energy(net_d(real_imgs)[0], real_imgs, opt.energy)
                 fake_energy = energy(net_d(fake_imgs)[0], fake_imgs, opt.energy)
-            margin = torch.tensor(opt.margin)
+            margin = opt.margin
             if opt.margin_ratio > 0:  # the margin follows the real energy down
                 mean = real_energy.detach().mean()
                 margin = (opt.margin_ratio * mean).clamp(max=opt.margin)
@@ -478,7 +479,7 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
             loss_d.backward()
             optimizer_d.step()
 
-            # generator: its images to low energy, by reconstruction and by image
+            # generator: its images to low energy, gradient through recon and gen_imgs
             with autocast:
                 recon, embedding = discriminator(gen_imgs)
             loss_g = energy(recon, gen_imgs, opt.energy).mean()
@@ -500,7 +501,7 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
             row["hinge_active"] = (fake_energy < margin).float().mean().item()
             row["pullaway"] = pullaway_loss(embedding).item()
             row["images_per_s"] = (step - tick_step) * n / (time.perf_counter() - tick)
-            if save:  # with statistics of real images D's eval mode is an energy
+            if save:  # D's eval mode: batch statistics of real images alone
                 some = imgs[:2000].tensor_split(4)
                 update_bn((x.to(opt.device) / 127.5 - 1 for x in some), discriminator)
             if step == last:
@@ -603,8 +604,10 @@ def main(argv: list[str] | None = None) -> int:
         sweep(opt, data)
         return 0
     except KeyboardInterrupt:
-        command = f"python {SCRIPT}.py --resume {opt.out_dir}"
-        print(f"stopped, go on with: {command}", file=sys.stderr)
+        command = f"go on with: python {SCRIPT}.py --resume {opt.out_dir}"
+        saved = any(Path(opt.out_dir).rglob("checkpoint.pt"))
+        text = command if saved else "nothing was saved"
+        print(f"stopped, {text}", file=sys.stderr)
         return 130
     except (OSError, ValueError, FloatingPointError) as error:
         where = f"{opt.out_dir}: " if isinstance(error, OSError) else ""
@@ -616,6 +619,7 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     socket.setdefaulttimeout(5)  # seconds for each of torchvision's two mirrors
     if WORLD > 1:
+        warnings.simplefilter("ignore")  # newer torch renames DDP's broadcast_buffers
         dist.init_process_group()
         atexit.register(dist.destroy_process_group)
         if torch.cuda.is_available():

@@ -621,7 +621,7 @@ def test_python_code_in_the_readme_runs(whole, monkeypatch, capsys):
         return [None, None, ebgan.synthetic_digits(50, 8, seed=len(name))[0], None]
 
     monkeypatch.setattr(ebgan, "load_images", load_images)
-    shutil.copytree(whole, "runs/mnist")
+    shutil.copytree(whole, "runs/mnist-1")
     text = (HERE / "README.md").read_text()
     score, fold = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     Path("score.py").write_text(score)

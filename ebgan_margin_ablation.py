@@ -623,7 +623,7 @@ if __name__ == "__main__":
         dist.init_process_group()
         atexit.register(dist.destroy_process_group)
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(RANK % torch.cuda.device_count())
     if RANK > 0:
         sys.stdout = None  # the first process prints
     if sys.platform == "linux":

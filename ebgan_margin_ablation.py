@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The margin of the Energy-Based GAN (arXiv 1609.03126): a sweep, in one file.
 
-The discriminator is an auto-encoder; the energy of an image is its reconstruction error:
+The discriminator is an auto-encoder; an image's energy is its reconstruction error:
 
     U(x) = || Dec(Enc(x)) - x ||,  images x in [-1, 1]           eq. 13
     L_D  = E_x[ U(x) ] + E_z[ max(0, margin - U(G(z))) ]         eq. 1, hinge per sample
@@ -72,7 +72,7 @@ def pullaway_loss(embeddings: Tensor) -> Tensor:
 
 
 def tv_bound(real: Tensor, fake: Tensor, margin: float) -> float:
-    """1 - L_D / margin, at least 0: data and generator are that far apart, in [0, 1].
+    """1 - L_D / margin, at least 0: a lower bound of TV(data, generator), in [0, 1].
 
     For densities p, q and any U >= 0: p U + q max(0, m - U) >= m min(p, q) everywhere,
     and min(p, q) integrates to 1 - TV. So L_D >= m (1 - TV), for m > 0.
@@ -83,14 +83,14 @@ def tv_bound(real: Tensor, fake: Tensor, margin: float) -> float:
 
 # ----------------------------------------------------------------------------- models
 class UpsampleConv2d(nn.Conv2d):
-    """Nearest x2 upsampling, then a 3x3 convolution: N x C x H x W -> N x C' x 2H x 2W."""
+    """Nearest x2 upsampling, 3x3 convolution: N x C x H x W -> N x C' x 2H x 2W."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # the taps that meet the same input pixel are summed, which makes it a transposed
-        # 4x4 convolution with stride 2: 4 instead of 9 products, no large input in memory
+        # taps that meet the same input pixel are summed: a transposed 4x4 convolution
+        # with stride 2, 4 instead of 9 products, and no large input in memory
         sums = F.avg_pool2d(self.weight, 2, stride=1, padding=1, divisor_override=1)
         kernel = sums.flip(2, 3).transpose(0, 1)
         out = F.conv_transpose2d(x, kernel, stride=2, padding=1)
@@ -195,7 +195,7 @@ def load_picture(path: Path, img_size: int) -> Tensor:
 def load_images(
     dataset: str, data_root: str, img_size: int, channels: int | None, n_cpu: int
 ) -> list[Tensor]:
-    """Return images, uint8 N x C x S x S, and labels to train on, then held-out ones."""
+    """Return images, uint8 N x C x S x S, and labels: to train on, then held out."""
     parts, size = [], [img_size, img_size]
     if dataset == "digits":
         parts += synthetic_digits(20000, img_size, seed=20000)
@@ -249,7 +249,7 @@ def default_dataset(data_root: str) -> str:
 
 # ------------------------------------------------------------------------------ score
 def train_classifier(imgs: Tensor, labels: Tensor, device: str) -> nn.Sequential:
-    """Fit a small network to uint8 images; it returns logits, its first part features."""
+    """Fit a small network to uint8 images: logits, and features by its first part."""
     layers = []
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay
         torch.manual_seed(0)
@@ -273,7 +273,7 @@ def train_classifier(imgs: Tensor, labels: Tensor, device: str) -> nn.Sequential
 
 @torch.no_grad()
 def in_parts(network: nn.Module, x: Tensor) -> Tensor:
-    """Return the network's output for a large batch, computed 500 at a time, on the CPU."""
+    """Return a network's output for a large batch, 500 at a time, on the CPU."""
     device = next(network.parameters()).device
     return torch.cat([network(part.to(device)).cpu() for part in x.split(500)])
 
@@ -281,7 +281,7 @@ def in_parts(network: nn.Module, x: Tensor) -> Tensor:
 def evaluate(classifier: nn.Sequential, imgs: Tensor, real: Tensor) -> dict[str, float]:
     """Score images in [-1, 1] against real ones, by a classifier's p(y|x) and features.
 
-    score: higher is better; frechet: lower; classes: those with 1 % of the images.
+    score: higher is better; frechet: lower; classes: those with at least 1 %.
     """
     features = in_parts(classifier[0], imgs)
     log_probs = in_parts(classifier[1], features).double().log_softmax(1)
@@ -328,10 +328,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--latent_dim", type=positive, default=62, help="numbers in the noise z [62]")
     add("--img_size", type=within(int, 8), default=32, help="a multiple of 4 [32]")
     add("--channels", type=int, choices=(1, 3), help="grey or colour [as the data]")
-    add("--sample_interval", type=positive, default=400, help="steps a save [400]")
+    add("--sample_interval", type=positive, default=400, help="steps to a save [400]")
     add("--energy", choices=("norm", "mse"), default="norm", help="U(x) [norm]")
     add("--margins", type=amount, **margins, help="[0 5 7 10 14 20]")
-    add("--margin_ratio", type=amount, default=0, help="to the real energy [0]")
+    add("--margin_ratio", type=amount, default=0, help="margin / real energy [0]")
     add("--lambda_pt", type=amount, default=0.1, help="weight of f_PT [0.1]")
     add("--dataset", choices=names, help="[mnist if it can be had, else digits]")
     add("--data_root", default="data", help="folder of data sets or pictures [data]")
@@ -379,7 +379,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 # --------------------------------------------------------------------------- training
 def load_checkpoint(run: str) -> tuple[str, dict, dict]:
-    """Return path, flags and all of the checkpoint of a run, "" being the newest one."""
+    """Return path, flags and all of a run's checkpoint, "" being runs/'s newest."""
     pattern = "**/checkpoint.pt" if run else f"{SCRIPT}-*/**/checkpoint.pt"
     path = Path(run or "runs")
     path = path if path.is_file() else max(path.glob(pattern), default=path)
@@ -391,7 +391,7 @@ def load_checkpoint(run: str) -> tuple[str, dict, dict]:
 
 
 def load_run(run: str) -> tuple[nn.Module, nn.Module]:
-    """Return generator and discriminator of a run's folder or checkpoint, in eval mode."""
+    """Return generator and discriminator of a folder or checkpoint, in eval mode."""
     _, flags, saved = load_checkpoint(run)
     size = flags["img_size"], flags["channels"]
     with torch.device("meta"):  # draws no random weights, which would be replaced
@@ -408,7 +408,7 @@ def running_mean(mean: Tensor, new: Tensor, n: Tensor) -> Tensor:
 
 
 def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
-    """Train as the flags say, on what load_images returns; return the log's last row."""
+    """Train as the flags say, on load_images's tensors; return the log's last row."""
     imgs, labels, held_imgs, held_labels = data
     n = opt.batch_size * WORLD  # images a step
     epoch_steps = len(imgs) // n  # full batches only
@@ -492,7 +492,7 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
 
             save = step in (50, 100, 200, last) or step % opt.sample_interval == 0
             if RANK > 0 or not (save or step % 20 == 0):
-                continue  # no figure is read from the device
+                continue  # to read a figure would wait for the device
             weights = [*generator.parameters(), *discriminator.parameters()]
             if not all(x.isfinite().all() for x in weights):
                 raise FloatingPointError(f"not finite at step {step}: see {folder}")
@@ -502,7 +502,7 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
             row["hinge_active"] = (fake_energy < margin).float().mean().item()
             row["pullaway"] = pullaway_loss(embedding).item()
             row["images_per_s"] = (step - tick_step) * n / (time.perf_counter() - tick)
-            if save:  # D's eval mode: batch statistics of real images alone
+            if save:  # batch statistics of real images alone, for D's eval mode
                 some = imgs[:2000].tensor_split(4)
                 update_bn((x.to(opt.device) / 127.5 - 1 for x in some), discriminator)
             if step == last:

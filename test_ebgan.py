@@ -440,6 +440,7 @@ def test_losses_come_first_and_help_names_every_default(script):
     functions = re.findall(r"\ndef (\w+)", "\n".join(source(script).splitlines()[:80]))
     assert functions[:3] == ["energy", "discriminator_loss", "pullaway_loss"]
     assert not re.search(r"\n *assert ", source(script))  # `python -O` has none
+    assert max(len(line) for line in source(script).splitlines()) <= 88
     text = " ".join(call(script, "--help")[0].split()) + " --"
     defaults = vars(script.parse_args([]))
     flags = set(re.findall(r"(?<= --)\w+", text))

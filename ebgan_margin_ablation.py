@@ -56,7 +56,7 @@ def energy(recon: Tensor, imgs: Tensor, kind: str = "norm") -> Tensor:
     return error.norm(dim=1) if kind == "norm" else error.square().mean(1)
 
 
-def discriminator_loss(real: Tensor, fake: Tensor, margin: float | Tensor) -> Tensor:
+def discriminator_loss(real: Tensor, fake: Tensor, margin: float) -> Tensor:
     """L_D (eq. 1) from the energies, N each, of real and of generated images."""
     return real.mean() + (margin - fake).clamp(min=0).mean()
 
@@ -331,8 +331,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sample_interval", type=positive, default=400, help="steps to a save [400]")
     add("--energy", choices=("norm", "mse"), default="norm", help="U(x) [norm]")
     add("--margins", type=amount, **margins, help="[0 5 7 10 14 20]")
-    add("--margin_ratio", type=amount, default=0, help="margin / real energy [0]")
     add("--lambda_pt", type=amount, default=0.1, help="weight of f_PT [0.1]")
+    add("--noise", type=amount, help="in D's input, to be removed [norm 0.3, mse 0]")
     add("--dataset", choices=names, help="[mnist if it can be had, else digits]")
     add("--data_root", default="data", help="folder of data sets or pictures [data]")
     add("--out_dir", help="a new folder for the run [runs/<script>-<date>-<time>]")
@@ -363,6 +363,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             opt.out_dir = time.strftime(f"runs/{SCRIPT}-%Y%m%d-%H%M%S")
         elif not opt.out_dir or any(Path(opt.out_dir).glob("*")):
             raise ValueError(f"--out_dir '{opt.out_dir}' is no new or empty folder")
+        if opt.noise is None:
+            opt.noise = 0.3 if opt.energy == "norm" else 0.0
         if opt.img_size % 4:
             raise ValueError(f"--img_size {opt.img_size} is not a multiple of 4")
         if len({f"{abs(margin):g}" for margin in opt.margins}) < len(opt.margins):
@@ -462,27 +464,27 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
         first, last = epoch * epoch_steps + 1, min((epoch + 1) * epoch_steps, total)
         for step in range(max(first, start + 1), last + 1):
             real_imgs = imgs[batches[step - first, RANK]].to(opt.device) / 127.5 - 1
-            noise = rng(opt.seed, 1, step, RANK)
-            z = torch.randn(opt.batch_size, opt.latent_dim, generator=noise)
+            draw = rng(opt.seed, 1, step, RANK)
+            z = torch.randn(opt.batch_size, opt.latent_dim, generator=draw)
+            noise = opt.noise * torch.randn(real_imgs.shape, generator=draw)
+            noise = noise.to(opt.device)  # the discriminator is to take it away
 
             # discriminator: real images to low energy, generated ones to the margin
             with autocast:
                 gen_imgs = net_g(z.to(opt.device))
                 fake_imgs = gen_imgs.detach()
-                real_energy = energy(net_d(real_imgs)[0], real_imgs, opt.energy)
-                fake_energy = energy(net_d(fake_imgs)[0], fake_imgs, opt.energy)
-            margin = opt.margin
-            if opt.margin_ratio > 0:  # the margin follows the real energy down
-                mean = real_energy.detach().mean()
-                margin = (opt.margin_ratio * mean).clamp(max=opt.margin)
-            loss_d = discriminator_loss(real_energy, fake_energy, margin)
+                real_recon, _ = net_d(real_imgs + noise)
+                fake_recon, _ = net_d(fake_imgs + noise)
+            real_energy = energy(real_recon, real_imgs, opt.energy)
+            fake_energy = energy(fake_recon, fake_imgs, opt.energy)
+            loss_d = discriminator_loss(real_energy, fake_energy, opt.margin)
             optimizer_d.zero_grad()
             loss_d.backward()
             optimizer_d.step()
 
             # generator: its images to low energy, gradient through recon and gen_imgs
             with autocast:
-                recon, embedding = discriminator(gen_imgs)
+                recon, embedding = discriminator(gen_imgs + noise)
             loss_g = energy(recon, gen_imgs, opt.energy).mean()
             loss_g = loss_g + opt.lambda_pt * pullaway_loss(embedding)
             optimizer_g.zero_grad()
@@ -499,7 +501,7 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
             row = {"step": step, "epoch": epoch + 1}
             row["real_energy"] = real_energy.mean().item()
             row["fake_energy"] = fake_energy.mean().item()
-            row["hinge_active"] = (fake_energy < margin).float().mean().item()
+            row["hinge_active"] = (fake_energy < opt.margin).float().mean().item()
             row["pullaway"] = pullaway_loss(embedding).item()
             row["images_per_s"] = (step - tick_step) * n / (time.perf_counter() - tick)
             if save:  # batch statistics of real images alone, for D's eval mode

@@ -186,7 +186,7 @@ def load(run):
 # a small rate: where a gradient is rounding, float32 and float64 step apart by it
 ONE_STEP = ["--max_steps", 1, "--lr", 2e-4, "--out_dir"]
 MSE = ["--energy", "mse", "--margin", 0.008]
-NORM = ["--margin_ratio", 0.093]
+NORM = ["--noise", 0.4, "--margin", 1.1]
 
 
 def plain_energy(recon, imgs, kind):
@@ -204,22 +204,25 @@ def check_first_step(run, root, kind, weight=0, ranks=1):
     imgs = ebgan.load_images("folder", root, 8, None, 1)[0].double() / 127.5 - 1
     order = torch.randperm(len(imgs), generator=ebgan.rng(0, 0, 0))
     loss_d, loss_g, fakes = 0.0, 0.0, []
+    sigma, margin = (0.4, 1.1) if kind == "norm" else (0, 0.008)
     for rank in range(ranks):
-        z = torch.randn(4, 62, generator=ebgan.rng(0, 1, 1, rank)).double()
+        draw = ebgan.rng(0, 1, 1, rank)
+        z = torch.randn(4, 62, generator=draw).double()
+        noise = sigma * torch.randn(4, 1, 8, 8, generator=draw).double()
         real, fake = imgs[order[4 * rank :][:4]], plain_g(z)
-        fakes.append(fake)
-        energies = plain_energy(plain_d(real), real, kind)
-        margin = 0.008 if kind == "mse" else 0.093 * energies.mean().item()
-        fake_energies = plain_energy(plain_d(fake.detach()), fake.detach(), kind)
+        fakes.append((fake, noise))
+        energies = plain_energy(plain_d(real + noise), real, kind)
+        image = fake.detach()
+        fake_energies = plain_energy(plain_d(image + noise), image, kind)
         hinges = [margin - u for u in fake_energies if u < margin]
         assert 0 < len(hinges) < 4  # or a hinge on the mean would not be seen
         loss_d += energies.mean() + sum(hinges) / 4
     (loss_d / ranks).backward()
     torch.optim.Adam(plain_d.parameters(), lr=2e-4).step()
-    for fake in fakes:
-        embedding = plain_d[0](fake)
+    for fake, noise in fakes:
+        embedding = plain_d[0](fake + noise)
         cosines = F.cosine_similarity(embedding[:, None], embedding, dim=2)
-        loss_g += plain_energy(plain_d(fake), fake, kind).mean()
+        loss_g += plain_energy(plain_d(fake + noise), fake, kind).mean()
         loss_g += weight * (cosines.square().sum() - 4) / 12
     (loss_g / ranks).backward(inputs=list(plain_g.parameters()))
     for name, network in (("optimizer_d", plain_d), ("optimizer_g", plain_g)):
@@ -522,7 +525,7 @@ def test_run_leaves_a_log_pictures_and_a_checkpoint(whole):
         assert Image.open(whole / f"{name}.png").size == (82, 82)
     assert saved["step"] == saved["row"]["step"] == 52
     assert saved["flags"]["margin"] == pytest.approx(10 * 8 / 32)  # the paper's
-    assert saved["flags"]["margin_ratio"] == 1.1
+    assert saved["flags"]["noise"] == 0.3
     counts = [x for key, x in saved["generator"].items() if "num_batches" in key]
     assert [count.item() for count in counts] == [52] * 2  # always in training mode
 
@@ -716,7 +719,7 @@ def test_foreign_checkpoints_and_contradicting_flags_are_refused(kept):
     for file in Path().glob("*.pt"):
         assert file.name in refused(ebgan, "--resume", file, "--max_steps", 53)
     assert not Path("evil").exists()
-    flags = "energy=mse margin_ratio=0 margin=3.0 img_size=16 channels=3 latent_dim=5"
+    flags = "energy=mse noise=0 margin=3.0 img_size=16 channels=3 latent_dim=5"
     flags += " batch_size=8 b1=0 dataset=digits lr=0.5 seed=9 out_dir=y"
     for flag in flags.split():
         assert flag.split("=")[0] in refused(ebgan, "--resume", "x", f"--{flag}")
@@ -747,7 +750,7 @@ BAD = {
     ebgan: """
 --batch_size 1 | --batch_size 0 | --batch_size 97 | --batch_size many | --n_epochs 0 |
 --img_size 30 | --img_size 4 | --img_size -32 | --channels 2 | --latent_dim 0 |
---energy sum | --margin -1 | --margin nan | --margin inf | --margin_ratio -1 |
+--energy sum | --margin -1 | --margin nan | --margin inf | --noise -1 |
 --lr 0 | --lr -1e-3 | --lr nan | --b1 1 | --b2 -0.1 | --n_cpu -1 |
 --sample_interval 0 | --max_steps 0 | --max_steps 1.5 |
 --generate 0 | --seed -1 | --seed 99999999999999999999 |

@@ -8,6 +8,8 @@ The discriminator is an auto-encoder; an image's energy is its reconstruction er
     L_G  = E_z[ U(G(z)) ]                                        eq. 2
     f_PT = mean over i != j of cos(S_i, S_j)^2,  S = Enc(G(z))   section 2.4
 
+In training Enc sees x + noise, and the error is still taken to x: a denoising
+auto-encoder. That is ours, and what the quality rests on; --noise 0 is the paper's.
 This is the plain variant: the generator minimises L_G; f_PT is logged, not trained on.
 
     python ebgan.py --n_epochs 200 --batch_size 64     train on MNIST or built-in digits
@@ -458,8 +460,8 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
             real_imgs = imgs[batches[step - first, RANK]].to(opt.device) / 127.5 - 1
             draw = rng(opt.seed, 1, step, RANK)
             z = torch.randn(opt.batch_size, opt.latent_dim, generator=draw)
-            noise = opt.noise * torch.randn(real_imgs.shape, generator=draw)
-            noise = noise.to(opt.device)  # the discriminator is to take it away
+            noise = torch.randn(real_imgs.shape, generator=draw).to(opt.device)
+            noise *= opt.noise  # for the discriminator to remove
 
             # discriminator: real images to low energy, generated ones to the margin
             with autocast:

@@ -357,6 +357,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             for name in sorted(flags.keys() - free):
                 if (now := getattr(opt, name)) != flags[name]:
                     raise ValueError(f"{name} {now}: {path} has {flags[name]}")
+            if vars(opt).keys() > flags.keys() and not opt.generate:
+                raise ValueError(f"--resume: {path} is not of this script's version")
         elif opt.out_dir is None:
             opt.out_dir = time.strftime(f"runs/{SCRIPT}-%Y%m%d-%H%M%S")
         elif not opt.out_dir or any(Path(opt.out_dir).glob("*")):

@@ -706,11 +706,13 @@ class Evil:
 
 def test_foreign_checkpoints_and_contradicting_flags_are_refused(kept):
     saved = load("x")
+    older = saved["flags"].keys() - {"noise"}
     for name, content in {
         "foreign": {"model": torch.zeros(3)},
         "no_networks": {"flags": saved["flags"]},
         "other_network": saved | {"generator": saved["discriminator"]},
         "other_script": saved | {"flags": saved["flags"] | {"script": "ebgan_pt"}},
+        "before_noise": saved | {"flags": {k: saved["flags"][k] for k in older}},
         "evil": saved | {"flags": {"script": Evil()}},
     }.items():
         torch.save(content, f"{name}.pt")

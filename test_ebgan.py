@@ -571,12 +571,15 @@ def test_newest_run_goes_on_and_generates_without_a_trace_in_the_process(tiny, w
     assert process_state() == before
 
 
-def test_pictures_are_those_of_the_running_mean(tiny):
+def test_rate_falls_and_pictures_are_those_of_the_running_mean(tiny):
     """As in TensorFlow with num_updates: decay min(0.999, (1 + n) / (10 + n))."""
-    states, argv = [], [*tiny, "--lr", 0.01, "--out_dir", "x"]
-    for step in (1, 2, 3):
+    states, argv = [], [*tiny, "--lr", 0.01, "--lr_decay", 0.5, "--out_dir", "x"]
+    for step, rate in ((1, 0.01 / 1.5), (2, 0.01 / 2), (3, 0.01 / 2.5)):
         call(ebgan_pt, *argv, "--max_steps", step)
         states.append(load("x")["generator"])
+        for name in ("optimizer_d", "optimizer_g"):
+            group = load("x")[name]["param_groups"][0]
+            assert group["lr"] == pytest.approx(rate)
         argv = ["--resume", "x"]
     generator, _ = ebgan_pt.load_run("x")
     for key, value in generator.named_parameters():
@@ -706,13 +709,13 @@ class Evil:
 
 def test_foreign_checkpoints_and_contradicting_flags_are_refused(kept):
     saved = load("x")
-    older = saved["flags"].keys() - {"noise"}
+    older = saved["flags"].keys() - {"lr_decay"}
     for name, content in {
         "foreign": {"model": torch.zeros(3)},
         "no_networks": {"flags": saved["flags"]},
         "other_network": saved | {"generator": saved["discriminator"]},
         "other_script": saved | {"flags": saved["flags"] | {"script": "ebgan_pt"}},
-        "before_noise": saved | {"flags": {k: saved["flags"][k] for k in older}},
+        "older": saved | {"flags": {k: saved["flags"][k] for k in older}},
         "evil": saved | {"flags": {"script": Evil()}},
     }.items():
         torch.save(content, f"{name}.pt")
@@ -722,7 +725,7 @@ def test_foreign_checkpoints_and_contradicting_flags_are_refused(kept):
         assert file.name in refused(ebgan, "--resume", file, "--max_steps", 53)
     assert not Path("evil").exists()
     flags = "energy=mse noise=0 margin=3.0 img_size=16 channels=3 latent_dim=5"
-    flags += " batch_size=8 b1=0 dataset=digits lr=0.5 seed=9 out_dir=y"
+    flags += " batch_size=8 b1=0 dataset=digits lr=0.5 lr_decay=0 seed=9 out_dir=y"
     for flag in flags.split():
         assert flag.split("=")[0] in refused(ebgan, "--resume", "x", f"--{flag}")
 
@@ -753,7 +756,7 @@ BAD = {
 --batch_size 1 | --batch_size 0 | --batch_size 97 | --batch_size many | --n_epochs 0 |
 --img_size 30 | --img_size 4 | --img_size -32 | --channels 2 | --latent_dim 0 |
 --energy sum | --margin -1 | --margin nan | --margin inf | --noise -1 |
---lr 0 | --lr -1e-3 | --lr nan | --b1 1 | --b2 -0.1 | --n_cpu -1 |
+--lr 0 | --lr -1e-3 | --lr nan | --lr_decay -1 | --b1 1 | --b2 -0.1 | --n_cpu -1 |
 --sample_interval 0 | --max_steps 0 | --max_steps 1.5 |
 --generate 0 | --seed -1 | --seed 99999999999999999999 |
 --dataset imagenet | --device gpu | --device cuda:99 | --device meta |

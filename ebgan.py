@@ -426,13 +426,13 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
     parts = {"generator": generator, "averaged": averaged, "optimizer_g": optimizer_g}
     parts |= {"discriminator": discriminator, "optimizer_d": optimizer_d}
     folder = Path(opt.out_dir)
-    start, row, best = 0, {}, math.inf
+    start, row = 0, {}
     if opt.resume:
         _, _, saved = load_checkpoint(opt.resume)
         try:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-            start, row, best = saved["step"], saved["row"], saved["best"]
+            start, row = saved["step"], saved["row"]
         except (KeyError, RuntimeError) as error:
             text = f"--resume: {opt.resume} is not of this script's version"
             raise ValueError(text) from error
@@ -525,17 +525,12 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
                 for name in ("samples.png", f"samples/{step}.png"):
                     save_image(in_parts(averaged, z) / 2 + 0.5, folder / name)
                 saved = {name: part.state_dict() for name, part in parts.items()}
-                best = min(best, row.get("frechet", math.inf))
-                saved |= {"step": step, "row": row, "best": best, "flags": vars(opt)}
+                saved |= {"step": step, "row": row, "flags": vars(opt)}
                 saved["log_size"] = (folder / "log.csv").stat().st_size
                 buffer = io.BytesIO()  # torch.save to a full disk is no OSError
                 torch.save(saved, buffer)
-                names = ["checkpoint.pt"]
-                if row.get("frechet") == best:
-                    names.insert(0, "best.pt")
-                for name in names:
-                    (folder / "partial").write_bytes(buffer.getvalue())
-                    os.replace(folder / "partial", folder / name)
+                (folder / "partial").write_bytes(buffer.getvalue())
+                os.replace(folder / "partial", folder / "checkpoint.pt")
             tick, tick_step = time.perf_counter(), step
     return row
 

@@ -10,7 +10,7 @@ The discriminator is an auto-encoder; an image's energy is its reconstruction er
 
 In training Enc sees x + noise, and the error is still taken to x: a denoising
 auto-encoder. Adam's rate falls with the steps. Both are ours, and what the quality
-rests on; --noise 0 --lr_decay 0 is the paper's.
+rests on; --noise 0 --lr_decay 0 turns them off.
 This trains ebgan_pt.py's L_G + lambda_pt * f_PT for every margin and every seed; a seed
 fixes weights, noise and order of the images, so that only the margin differs.
 

@@ -360,6 +360,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             for name in sorted(flags.keys() - free):
                 if (now := getattr(opt, name)) != flags[name]:
                     raise ValueError(f"{name} {now}: {path} has {flags[name]}")
+            # a flag that came in since has no value that the run was trained with
             if vars(opt).keys() > flags.keys() and not opt.generate:
                 raise ValueError(f"--resume: {path} is not of this script's version")
         elif opt.out_dir is None:

@@ -114,7 +114,8 @@ class Generator(nn.Module):
         self.conv2 = UpsampleConv2d(128, 64)
         self.norm2 = nn.BatchNorm2d(64, 0.8)
         self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
-        for layer, mean in zip(list(self.children())[1:], (0, 1, 0, 1, 0)):
+        layers = self.conv1, self.norm1, self.conv2, self.norm2, self.conv3
+        for layer, mean in zip(layers, (0, 1, 0, 1, 0)):
             nn.init.normal_(layer.weight, mean, 0.02)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -186,7 +187,7 @@ def load_picture(path: Path, img_size: int) -> Tensor:
     """Return a picture as it is shown, cropped to a square, uint8 3 x S x S."""
     try:
         img = ImageOps.exif_transpose(Image.open(path))  # as the camera was held
-        if img.mode[0] in "FI":
+        if img.mode[0] in "FI":  # F, I or I;16
             raise ValueError("more than 8 bits a channel")
         img = ImageOps.fit(img.convert("RGBA"), (img_size, img_size))
         white = Image.new("RGBA", img.size, "white")  # shows where it is clear
@@ -219,7 +220,8 @@ def load_images(
                     print(f"decoded {i + 1} of {len(paths)} pictures", flush=True)
         if (imgs == imgs[:, :1]).all():
             imgs = imgs[:, :1].clone()  # all are grey
-        classes, held = sorted({x.parent for x in paths}), len(paths) // 10
+        classes = sorted({x.parent for x in paths})
+        held = len(paths) // 10
         labels = torch.tensor([classes.index(x.parent) for x in paths])
         parts += [imgs[held:], labels[held:], imgs[:held], labels[:held]]
     else:
@@ -252,7 +254,7 @@ def default_dataset(data_root: str) -> str:
 
 # ------------------------------------------------------------------------------ score
 def train_classifier(imgs: Tensor, labels: Tensor, device: str) -> nn.Sequential:
-    """Fit a small network to uint8 images: logits, and features by its first part."""
+    """Fit a small network to uint8 images: net(x) are logits, net[0](x) features."""
     layers = []
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay
         torch.manual_seed(0)
@@ -292,9 +294,9 @@ def evaluate(classifier: nn.Sequential, imgs: Tensor, real: Tensor) -> dict[str,
     marginal = log_probs.exp().mean(0)
     # I' of the paper: E_x KL(p(y) || p(y|x))
     score = (marginal * (marginal.log() - log_probs)).sum(1).mean()
-    features, real = features.double(), in_parts(classifier[0], real).double()
-    shift = (features.mean(0) - real.mean(0)).square().sum()
-    cov, real_cov = features.T.cov(), real.T.cov()
+    ours, theirs = features.double(), in_parts(classifier[0], real).double()
+    shift = (ours.mean(0) - theirs.mean(0)).square().sum()
+    cov, real_cov = ours.T.cov(), theirs.T.cov()
     roots = torch.linalg.eigvals(cov @ real_cov).real.clamp(min=0).sqrt()
     frechet = shift + cov.trace() + real_cov.trace() - 2 * roots.sum()
     classes = (log_probs.argmax(1).bincount() >= 0.01 * len(imgs)).sum()
@@ -319,6 +321,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     positive, decay, amount = within(int, 1), within(float, 0, 1), within(float, 0)
     best = "mps" if torch.backends.mps.is_available() else "cpu"
     best = "cuda" if torch.cuda.is_available() else best
+    new = time.strftime(f"runs/{SCRIPT}-%Y%m%d-%H%M%S")
     add = parser.add_argument
     add("--n_epochs", type=positive, default=200, help="passes over the data [200]")
     add("--batch_size", type=within(int, 2), default=64, help="images a step [64]")
@@ -337,7 +340,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--noise", type=amount, help="in D's input, to be removed [norm 0.3, mse 0]")
     add("--dataset", choices=names, help="[mnist if it can be had, else digits]")
     add("--data_root", default="data", help="folder of data sets or pictures [data]")
-    add("--out_dir", help="a new folder for the run [runs/<script>-<date>-<time>]")
+    add("--out_dir", default=new, help="a new folder [runs/<script>-<date>-<time>]")
     add("--seed", type=within(int, 0), default=0, help="of all random draws [0]")
     add("--device", default=best, help="cpu, cuda:1, mps [cuda, else mps, else cpu]")
     add("--amp", action="store_true", help="bfloat16; slower on most CPUs [off]")
@@ -349,7 +352,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     try:
         if opt.resume is not None or opt.generate:
             path, flags, _ = load_checkpoint(opt.resume or "")
-            flags["out_dir"] = os.path.dirname(path) or "."
+            flags["out_dir"] = str(Path(path).parent)
             flags["out_dir"] += "/generated" if opt.generate else ""
             # again: a flag that is not typed has the run's value instead of the default
             opt = parser.parse_args(argv, argparse.Namespace(**flags))
@@ -363,12 +366,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             # a flag that came in since has no value that the run was trained with
             if vars(opt).keys() > flags.keys() and not opt.generate:
                 raise ValueError(f"--resume: {path} is not of this script's version")
-        elif opt.out_dir is None:
-            opt.out_dir = time.strftime(f"runs/{SCRIPT}-%Y%m%d-%H%M%S")
-        elif not opt.out_dir or any(Path(opt.out_dir).glob("*")):
+        elif any(Path(opt.out_dir).glob("*")):
             raise ValueError(f"--out_dir '{opt.out_dir}' is no new or empty folder")
-        if opt.noise is None:
-            opt.noise = 0.3 if opt.energy == "norm" else 0.0
         if opt.img_size % 4:
             raise ValueError(f"--img_size {opt.img_size} is not a multiple of 4")
         torch.zeros(1, device=opt.device).item()
@@ -381,7 +380,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 # --------------------------------------------------------------------------- training
 def load_checkpoint(run: str) -> tuple[str, dict, dict]:
-    """Return path, flags and all of a run's checkpoint, "" being runs/'s newest."""
+    """Return path, flags and contents of a run's checkpoint; "" is the newest run."""
     pattern = "**/checkpoint.pt" if run else f"{SCRIPT}-*/**/checkpoint.pt"
     path = Path(run or "runs")
     path = path if path.is_file() else max(path.glob(pattern), default=path)
@@ -450,12 +449,12 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
     where = f"step {start} of {total} on {opt.device}, in {folder}"
     print(f"{opt.dataset}: {len(imgs)} images, {where}", flush=True)
     held, classifier = held_imgs / 127.5 - 1, None
-    if RANK == 0 and start < total and labels.max() > 0:
+    if RANK == 0 and start < total and labels.max() > 0:  # there are classes
         classifier = train_classifier(imgs, labels, opt.device)
         right = (in_parts(classifier, held).argmax(1) == held_labels).float().mean()
         print(f"classifier: {right:.2%} of the held-out images right")
         real = evaluate(classifier, imgs[:5000] / 127.5 - 1, held)
-        real = {f"real_{name}": value for name, value in real.items()}
+        ceiling = {f"real_{name}": value for name, value in real.items()}
 
     tick, tick_step = time.perf_counter(), start
     for epoch in range(start // epoch_steps, math.ceil(total / epoch_steps)):
@@ -485,7 +484,7 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
             optimizer_d.step()
 
             # generator: its images to low energy, gradient through recon and gen_imgs
-            with autocast:
+            with autocast:  # without DDP, which would wait for D's gradients
                 recon, embedding = discriminator(gen_imgs + noise)
             loss_g = energy(recon, gen_imgs, opt.energy).mean()
             loss_g = loss_g + opt.lambda_pt * pullaway_loss(embedding)
@@ -519,14 +518,15 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
                 discriminator.train()
                 row["tv_bound"] = tv_bound(*values, opt.margin)
                 if classifier:
-                    row |= evaluate(classifier, made, held) | real
+                    row |= evaluate(classifier, made, held) | ceiling
             print(*(f"{name} {value:.5g}" for name, value in row.items()), flush=True)
             with open(folder / "log.csv", "a") as log:
                 print(*row.values(), sep=",", file=log)
             if save:
                 z = torch.randn(64, opt.latent_dim, generator=rng(opt.seed, 2))
-                for name in ("samples.png", f"samples/{step}.png"):
-                    save_image(in_parts(averaged, z) / 2 + 0.5, folder / name)
+                shown = in_parts(averaged, z) / 2 + 0.5
+                save_image(shown, folder / f"samples/{step}.png")
+                save_image(shown, folder / "samples.png")
                 saved = {name: part.state_dict() for name, part in parts.items()}
                 saved |= {"step": step, "row": row, "flags": vars(opt)}
                 saved["log_size"] = (folder / "log.csv").stat().st_size
@@ -561,16 +561,18 @@ def main(argv: list[str] | None = None) -> int:
         if WORLD > 1 and RANK == 0:
             dist.barrier()
         opt.channels = data[0].shape[1]
+        if opt.noise is None:
+            opt.noise = 0.3 if opt.energy == "norm" else 0.0
         if opt.margin is None:  # as in the paper, or as in the listings
-            norm = 10 / 32 * (opt.channels * opt.img_size**2) ** 0.5
-            opt.margin = norm if opt.energy == "norm" else max(1.0, opt.batch_size / 64)
+            of_norm = 10 / 32 * (opt.channels * opt.img_size**2) ** 0.5
+            of_mse = max(1.0, opt.batch_size / 64)
+            opt.margin = of_norm if opt.energy == "norm" else of_mse
         train(opt, data)
         return 0
     except KeyboardInterrupt:
-        command = f"go on with: python {SCRIPT}.py --resume {opt.out_dir}"
         saved = any(Path(opt.out_dir).rglob("checkpoint.pt"))
-        text = command if saved else "nothing was saved"
-        print(f"stopped, {text}", file=sys.stderr)
+        text = f"go on with: python {SCRIPT}.py --resume {opt.out_dir}"
+        print("stopped,", text if saved else "nothing was saved", file=sys.stderr)
         return 130
     except (OSError, ValueError, FloatingPointError) as error:
         where = f"{opt.out_dir}: " if isinstance(error, OSError) else ""
@@ -582,7 +584,7 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     socket.setdefaulttimeout(5)  # seconds for each of torchvision's two mirrors
     if WORLD > 1:
-        warnings.simplefilter("ignore")  # newer torch renames DDP's broadcast_buffers
+        warnings.filterwarnings("ignore", ".*broadcast_buffers")  # renamed in new torch
         dist.init_process_group()
         atexit.register(dist.destroy_process_group)
         if torch.cuda.is_available():

@@ -491,7 +491,7 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
             optimizer_d.step()
 
             # generator: its images to low energy, gradient through recon and gen_imgs
-            with autocast:  # without DDP, which would wait for D's gradients
+            with autocast:  # not by net_d: DDP would wait for D's gradients
                 recon, embedding = discriminator(gen_imgs + noise)
             loss_g = energy(recon, gen_imgs, opt.energy).mean()
             loss_g = loss_g + opt.lambda_pt * pullaway_loss(embedding)

@@ -9,8 +9,8 @@ The discriminator is an auto-encoder; an image's energy is its reconstruction er
     f_PT = mean over i != j of cos(S_i, S_j)^2,  S = Enc(G(z))   section 2.4
 
 In training Enc sees x + noise, and the error is still taken to x: a denoising
-auto-encoder. Adam's rate falls with the steps. Both are ours, and what the quality
-rests on; --noise 0 --lr_decay 0 turns them off.
+auto-encoder. Adam's rate falls with the steps. Both are ours, not the paper's:
+--noise 0 --lr_decay 0 turns them off.
 This is the plain variant: the generator minimises L_G; f_PT is logged, not trained on.
 
     python ebgan.py --n_epochs 200 --batch_size 64     train on MNIST or built-in digits

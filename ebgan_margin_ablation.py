@@ -9,8 +9,8 @@ The discriminator is an auto-encoder; an image's energy is its reconstruction er
     f_PT = mean over i != j of cos(S_i, S_j)^2,  S = Enc(G(z))   section 2.4
 
 In training Enc sees x + noise, and the error is still taken to x: a denoising
-auto-encoder. Adam's rate falls with the steps. Both are ours, and what the quality
-rests on; --noise 0 --lr_decay 0 turns them off.
+auto-encoder. Adam's rate falls with the steps. Both are ours, not the paper's:
+--noise 0 --lr_decay 0 turns them off.
 This trains ebgan_pt.py's L_G + lambda_pt * f_PT for every margin and every seed; a seed
 fixes weights, noise and order of the images, so that only the margin differs.
 
@@ -337,7 +337,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--channels", type=int, choices=(1, 3), help="grey or colour [as the data]")
     add("--sample_interval", type=positive, default=400, help="steps to a save [400]")
     add("--energy", choices=("norm", "mse"), default="norm", help="U(x) [norm]")
-    add("--margins", type=amount, **margins, help="[0 5 7 10 14 20]")
+    add("--margins", type=amount, **margins, help="for the norm [0 5 7 10 14 20]")
     add("--lambda_pt", type=amount, default=0.1, help="weight of f_PT [0.1]")
     add("--noise", type=amount, help="in D's input, to be removed [norm 0.3, mse 0]")
     add("--dataset", choices=names, help="[mnist if it can be had, else digits]")

@@ -8,28 +8,31 @@ The discriminator is an auto-encoder; an image's energy is its reconstruction er
     L_G  = E_z[ U(G(z)) ]                                        eq. 2
     f_PT = mean over i != j of cos(S_i, S_j)^2,  S = Enc(G(z))   section 2.4
 
-In training Enc sees x + noise, and the error is still taken to x: a denoising
-auto-encoder. Adam's rate falls with the steps. Both are ours, not the paper's:
---noise 0 --lr_decay 0 turns them off.
-This is the plain variant: the generator minimises L_G; f_PT is logged, not trained on.
+Not in the paper: Enc sees x + noise while the error is taken to x (--noise 0 turns this
+off), the learning rate decays (--lr_decay 0), and a running mean of G is shown.
+This is the plain variant: the generator minimizes L_G; f_PT is only logged.
 
     python ebgan.py --n_epochs 200 --batch_size 64     train on MNIST or built-in digits
-    python ebgan.py --resume                           go on with the newest run
-    python ebgan.py --generate 64                      write pictures of the newest run
+    python ebgan.py --resume                           resume the newest run
+    python ebgan.py --generate 64                      write images from the newest run
     torchrun --nproc_per_node=2 ebgan.py               train on several devices
 """
 
 import argparse
 import atexit
-import ctypes
+import csv
 import io
 import math
 import os
+import shlex
+import shutil
 import signal
 import socket
 import sys
 import time
 import warnings
+import zlib
+from collections import Counter
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -42,125 +45,323 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torchvision import datasets
+from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, rgb_to_grayscale
 from torchvision.utils import save_image
 
-SCRIPT = "ebgan"
-LOG_HEADER = "step,epoch,real_energy,fake_energy,hinge_active,pullaway,images_per_s,"
-LOG_HEADER += "tv_bound,score,frechet,classes,real_score,real_frechet,real_classes\n"
-RANK, WORLD = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))  # torchrun
+SCRIPT = Path(__file__).stem
+RANK, WORLD_SIZE = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
 
 
 # ----------------------------------------------------------------------------- losses
 def energy(recon: Tensor, imgs: Tensor, kind: str = "norm") -> Tensor:
-    """U(x): norm (eq. 13) or mean square (mse) of each error, N x C x S x S -> N."""
+    """U(x) of each image, N x C x H x W -> N: norm (eq. 13) or mean square (mse)."""
+    if kind not in ("norm", "mse"):
+        raise ValueError(f'kind must be "norm" or "mse", not {kind!r}')
     dtype = torch.promote_types(recon.dtype, torch.float32)  # bfloat16 is too coarse
     error = (recon.to(dtype) - imgs.to(dtype)).flatten(1)
     return error.norm(dim=1) if kind == "norm" else error.square().mean(1)
 
 
-def discriminator_loss(real: Tensor, fake: Tensor, margin: float) -> Tensor:
+def discriminator_loss(
+    real_energy: Tensor, fake_energy: Tensor, margin: float
+) -> Tensor:
     """L_D (eq. 1) from the energies, N each, of real and of generated images."""
-    return real.mean() + (margin - fake).clamp(min=0).mean()
+    return real_energy.mean() + (margin - fake_energy).clamp(min=0).mean()
 
 
-def pullaway_loss(embeddings: Tensor) -> Tensor:
-    """f_PT (section 2.4): mean squared cosine of the pairs i != j, N x E -> [0, 1]."""
-    n = len(embeddings)
-    with torch.autocast(embeddings.device.type, enabled=False):  # never in bfloat16
-        dtype = torch.promote_types(embeddings.dtype, torch.float32)
-        unit = F.normalize(embeddings.to(dtype), dim=1)  # zero stays zero
+def pullaway_loss(embedding: Tensor) -> Tensor:
+    """f_PT (section 2.4): mean squared cosine of pairs i != j, N x E -> [0, 1]."""
+    n = len(embedding)
+    with torch.autocast(embedding.device.type, enabled=False):  # never in bfloat16
+        dtype = torch.promote_types(embedding.dtype, torch.float32)
+        unit = F.normalize(embedding.to(dtype), dim=1)  # a zero embedding stays zero
         cosines = (unit @ unit.T).fill_diagonal_(0)
         return cosines.square().sum() / max(n * (n - 1), 1)
 
 
-def tv_bound(real: Tensor, fake: Tensor, margin: float) -> float:
-    """1 - L_D / margin, at least 0: a lower bound of TV(data, generator), in [0, 1].
-
-    For densities p, q and any U >= 0: p U + q max(0, m - U) >= m min(p, q) everywhere,
-    and min(p, q) integrates to 1 - TV. So L_D >= m (1 - TV), for m > 0.
-    """
-    loss = discriminator_loss(real, fake, margin).item()
-    return max(0.0, 1 - loss / margin) if margin > 0 else 0.0
-
-
-# ----------------------------------------------------------------------------- models
+# --------------------------------------------------------------------------- networks
 class UpsampleConv2d(nn.Conv2d):
-    """Nearest x2 upsampling, 3x3 convolution: N x C x H x W -> N x C' x 2H x 2W."""
+    """Nearest x2 upsampling, then a 3x3 convolution: N x C x H x W -> N x C' x 2H x 2W.
+
+    Computed as one transposed 4x4 convolution: 4 products per output value, not 9.
+    """
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # taps that meet the same input pixel are summed: a transposed 4x4 convolution
-        # with stride 2, 4 instead of 9 products, and no large input in memory
-        sums = F.avg_pool2d(self.weight, 2, stride=1, padding=1, divisor_override=1)
+        # sum the taps that meet the same pixel; ONNX export drops divisor_override=1
+        sums = 4 * F.avg_pool2d(self.weight, 2, stride=1, padding=1)
         kernel = sums.flip(2, 3).transpose(0, 1)
         out = F.conv_transpose2d(x, kernel, stride=2, padding=1)
-        return out.add_(self.bias.to(out.dtype).view(-1, 1, 1))  # faster than inside
+        return out.add_(self.bias.to(out.dtype).view(-1, 1, 1))
+
+
+def init_weights(module: nn.Module) -> None:
+    """Draw the weights of convolutions and of BatchNorm2d as DCGAN does."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1, 0.02)
 
 
 class Generator(nn.Module):
-    """G: noise N x latent_dim -> images N x C x S x S in [-1, 1], S a multiple of 4."""
+    """G: z, N x latent_dim -> images, N x C x S x S in [-1, 1]; S is a multiple of 4.
+
+    eps=0.8 is that of the widely used listing. Needs UpsampleConv2d and init_weights.
+    """
 
     def __init__(self, img_size: int = 32, channels: int = 1, latent_dim: int = 62):
         super().__init__()
         if img_size % 4:
-            raise ValueError(f"img_size {img_size} is not a multiple of 4")
-        self.shape = (128, img_size // 4, img_size // 4)
-        self.linear = nn.Linear(latent_dim, math.prod(self.shape))
-        self.conv1 = UpsampleConv2d(128, 128)
-        self.norm1 = nn.BatchNorm2d(128, 0.8)  # eps, as in the widely used listing
-        self.conv2 = UpsampleConv2d(128, 64)
-        self.norm2 = nn.BatchNorm2d(64, 0.8)
-        self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
-        layers = self.conv1, self.norm1, self.conv2, self.norm2, self.conv3
-        for layer, mean in zip(layers, (0, 1, 0, 1, 0)):
-            nn.init.normal_(layer.weight, mean, 0.02)
+            raise ValueError(f"img_size must be a multiple of 4, not {img_size}")
+        size = img_size // 4
+        self.project = nn.Sequential(
+            nn.Linear(latent_dim, 128 * size * size),
+            nn.Unflatten(1, (128, size, size)),  # 128 x S/4 x S/4
+        )
+        self.upsample = nn.Sequential(
+            UpsampleConv2d(128, 128),  # 128 x S/2 x S/2
+            nn.BatchNorm2d(128, eps=0.8),
+            nn.LeakyReLU(0.2, inplace=True),
+            UpsampleConv2d(128, 64),  # 64 x S x S
+            nn.BatchNorm2d(64, eps=0.8),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(64, channels, kernel_size=3, padding=1),  # C x S x S
+            nn.Tanh(),
+        )
+        self.apply(init_weights)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.linear(z).unflatten(1, self.shape)
-        x = x.contiguous(memory_format=torch.channels_last)  # 1.1 times the images/s
-        x = F.leaky_relu(self.norm1(self.conv1(x)), 0.2, inplace=True)
-        x = F.leaky_relu(self.norm2(self.conv2(x)), 0.2, inplace=True)
-        return self.conv3(x).tanh()
+        x = self.project(z).contiguous(memory_format=torch.channels_last)  # faster
+        return self.upsample(x)
 
 
 class Discriminator(nn.Module):
-    """D: images N x C x S x S -> (reconstruction N x C x S x S, embedding N x 32)."""
+    """D: images, N x C x S x S -> reconstruction, N x C x S x S, and embedding, N x 32.
+
+    S is a multiple of 4. Needs UpsampleConv2d and init_weights.
+    """
 
     def __init__(self, img_size: int = 32, channels: int = 1):
         super().__init__()
         if img_size % 4:
-            raise ValueError(f"img_size {img_size} is not a multiple of 4")
-        self.shape = (64, img_size // 2, img_size // 2)
-        self.conv1 = nn.Conv2d(channels, 64, 3, stride=2, padding=1)
-        self.linear1 = nn.Linear(math.prod(self.shape), 32)
-        self.norm1 = nn.BatchNorm1d(32, 0.8)  # 0.8 is eps here too
-        self.linear2 = nn.Linear(32, math.prod(self.shape))
-        self.norm2 = nn.BatchNorm1d(math.prod(self.shape))
-        self.conv2 = UpsampleConv2d(64, channels)
-        nn.init.normal_(self.conv1.weight, 0, 0.02)
-        nn.init.normal_(self.conv2.weight, 0, 0.02)
+            raise ValueError(f"img_size must be a multiple of 4, not {img_size}")
+        size = img_size // 2
+        self.encoder = nn.Sequential(
+            nn.Conv2d(channels, 64, kernel_size=3, stride=2, padding=1),
+            nn.ReLU(inplace=True),  # 64 x S/2 x S/2
+            nn.Flatten(),
+            nn.Linear(64 * size * size, 32),  # the embedding
+        )
+        self.decoder = nn.Sequential(
+            nn.BatchNorm1d(32, eps=0.8),
+            nn.ReLU(inplace=True),
+            nn.Linear(32, 64 * size * size),
+            nn.BatchNorm1d(64 * size * size),
+            nn.ReLU(inplace=True),
+            nn.Unflatten(1, (64, size, size)),  # 64 x S/2 x S/2
+            UpsampleConv2d(64, channels),  # C x S x S
+        )
+        self.apply(init_weights)
 
     def forward(self, imgs: Tensor) -> tuple[Tensor, Tensor]:
-        embedding = self.linear1(self.conv1(imgs).relu_().flatten(1))
-        x = self.linear2(self.norm1(embedding).relu_())
-        x = self.norm2(x).relu_().unflatten(1, self.shape)
-        return self.conv2(x), embedding
+        embedding = self.encoder(imgs)
+        return self.decoder(embedding), embedding
+
+
+# ---------------------------------------------------------------------- training step
+def train_step(
+    generator: nn.Module,
+    discriminator: nn.Module,
+    optimizer_g: torch.optim.Optimizer,
+    optimizer_d: torch.optim.Optimizer,
+    real_imgs: Tensor,
+    z: Tensor,
+    noise: Tensor | float,
+    margin: float,
+    kind: str = "norm",
+    amp: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Update the discriminator, then the generator (either may be wrapped in DDP).
+
+    noise is added to the discriminator's inputs; amp runs the networks in bfloat16.
+    Return the energies of real and generated images and the embedding of the latter.
+    """
+    autocast = torch.autocast(real_imgs.device.type, torch.bfloat16, enabled=amp)
+
+    # discriminator: low energy for real images, at least the margin for generated ones
+    with autocast:
+        gen_imgs = generator(z)
+        fake_imgs = gen_imgs.detach()  # no gradient to the generator
+        real_recon, _ = discriminator(real_imgs + noise)
+        fake_recon, _ = discriminator(fake_imgs + noise)
+    real_energy = energy(real_recon, real_imgs, kind)
+    fake_energy = energy(fake_recon, fake_imgs, kind)
+    loss_d = discriminator_loss(real_energy, fake_energy, margin)
+    optimizer_d.zero_grad()
+    loss_d.backward()
+    optimizer_d.step()
+
+    # generator: low energy for its images, by a gradient through recon and gen_imgs
+    unwrapped = getattr(discriminator, "module", discriminator)  # DDP awaits gradients
+    with autocast:
+        recon, embedding = unwrapped(gen_imgs + noise)
+    loss_g = energy(recon, gen_imgs, kind).mean()
+    optimizer_g.zero_grad()
+    loss_g.backward(inputs=list(generator.parameters()))
+    optimizer_g.step()
+    return real_energy.detach(), fake_energy.detach(), embedding.detach()
+
+
+# --------------------------------------------------------------------------- training
+def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
+    """Train as the flags say on the tensors of load_images; return the last log row."""
+    # setup
+    imgs, labels, held_out, _ = data
+    global_batch = opt.batch_size * WORLD_SIZE
+    epoch_steps = len(imgs) // global_batch  # full batches only
+    total = min(opt.n_epochs * epoch_steps, opt.max_steps or sys.maxsize)
+    if total == 0:
+        text = f"only {len(imgs)} training images; a tenth of a folder is held out"
+        raise ValueError(f"--batch_size {opt.batch_size}: {text}")
+    state, start, rows = build(opt)
+    generator, averaged, discriminator, *optimizers = state.values()
+    unscored = rows and rows[-1].get("tv_bound", 0) is None  # stopped while scoring
+    if start >= total and not unscored:
+        text = "nothing to do; raise --n_epochs or --max_steps to continue"
+        print(f"{opt.out_dir} has {start} steps: {text}", flush=True)
+        return rows[-1]
+    if RANK == 0:
+        Path(opt.out_dir, "samples").mkdir(parents=True, exist_ok=bool(opt.resume))
+        save(opt, state, imgs, start, rows)  # from here on the run can be resumed
+        classifier, real_scores = None, {}
+        if labels.max() > 0:  # there are classes
+            print("training a classifier for the scores", flush=True)
+            classifier = train_classifier(imgs, labels, opt.device)
+            scores = evaluate(classifier, imgs[:5000], held_out)
+            real_scores = {f"real_{name}": value for name, value in scores.items()}
+        if unscored:
+            rows[-1] |= score(opt, state, held_out, classifier) | real_scores
+            save(opt, state, imgs, start, rows)
+    networks = generator, discriminator
+    if WORLD_SIZE > 1:
+        # find_unused_parameters: else DDP regroups the gradients after the first step,
+        # and a resumed run adds them up in another order
+        ddp = {"broadcast_buffers": False, "find_unused_parameters": True}
+        networks = DDP(generator, **ddp), DDP(discriminator, **ddp)
+    options = {"margin": opt.margin, "kind": opt.energy, "amp": opt.amp}
+    # scores come at the ends of epochs, but hardly more often than saves
+    score_interval = max(1, round(opt.sample_interval / epoch_steps)) * epoch_steps
+    print(f"training from step {start} to {total} in {opt.out_dir}", flush=True)
+    began = timed = time.perf_counter()
+    timed_step = start
+
+    for step in range(start + 1, total + 1):
+        # data: each draw depends on seed and step alone, so that a run resumes exactly
+        epoch, i = divmod(step - 1, epoch_steps)
+        if i == 0 or step == start + 1:
+            rng = seeded_generator(opt.seed, 0, epoch)
+            order = torch.randperm(len(imgs), generator=rng)
+        batch = order[(i * WORLD_SIZE + RANK) * opt.batch_size :][: opt.batch_size]
+        real_imgs = imgs[batch].to(opt.device) / 127.5 - 1
+        rng = seeded_generator(opt.seed, 1, step, RANK)
+        z = torch.randn(opt.batch_size, opt.latent_dim, generator=rng).to(opt.device)
+        noise = torch.randn(real_imgs.shape, generator=rng).to(opt.device) * opt.noise
+
+        # step
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = opt.lr / (1 + opt.lr_decay * step)
+        real_energy, fake_energy, embedding = train_step(
+            *networks, *optimizers, real_imgs, z, noise, **options
+        )
+        averaged.update_parameters(generator)
+
+        # log: not at every step, since reading a value waits for the device
+        score_due = step == total or step % score_interval == 0
+        save_due = (
+            score_due or step % opt.sample_interval == 0 or step in (50, 100, 200)
+        )
+        if RANK > 0 or not (save_due or step % 20 == 0):
+            continue
+        if not all(x.isfinite().all() for net in networks for x in net.parameters()):
+            raise FloatingPointError(f"weights not finite at step {step}: lower --lr")
+        speed = (step - timed_step) * global_batch / (time.perf_counter() - timed)
+        row = {"step": step, "epoch": epoch + 1}
+        row["real_energy"] = real_energy.mean().item()
+        row["fake_energy"] = fake_energy.mean().item()
+        row["hinge_active"] = (fake_energy < opt.margin).float().mean().item()
+        row["pullaway"] = pullaway_loss(embedding).item()
+        row["images_per_s"] = speed
+        rows.append(row)
+
+        # save, then score, which takes the most memory
+        if score_due:
+            row["tv_bound"] = None  # not yet
+        if save_due:
+            save(opt, state, imgs, step, rows)
+        if score_due:
+            row |= score(opt, state, held_out, classifier) | real_scores
+            save(opt, state, imgs, step, rows)
+        timed_step, timed = step, time.perf_counter()
+        minutes_left = (timed - began) / (step - start) * (total - step) / 60
+        if (
+            save_due or sys.stdout.isatty()
+        ):  # on a terminal, other lines are overwritten
+            line = " ".join(f"{name} {value:.5g}" for name, value in row.items())
+            line = f"{minutes_left:.0f} min left, {line}"
+            width = shutil.get_terminal_size().columns - 1
+            line = line if save_due else line[:width]
+            print(line.ljust(width), end="\n" if save_due else "\r", flush=True)
+    return rows[-1] if rows else {}
+
+
+def build(opt: argparse.Namespace) -> tuple[dict, int, list[dict]]:
+    """Return networks and optimizers by name, step, log: new ones or a checkpoint's."""
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's RNG state alone
+        torch.manual_seed(opt.seed)
+        generator = Generator(opt.img_size, opt.channels, opt.latent_dim).to(opt.device)
+        discriminator = Discriminator(opt.img_size, opt.channels).to(opt.device)
+    averaged = AveragedModel(generator, avg_fn=running_mean, use_buffers=True).eval()
+    state = {
+        "generator": generator,
+        "averaged": averaged,
+        "discriminator": discriminator,
+    }
+    adam = {"lr": opt.lr, "betas": (opt.b1, opt.b2), "fused": True}
+    state["optimizer_g"] = torch.optim.Adam(generator.parameters(), **adam)
+    state["optimizer_d"] = torch.optim.Adam(discriminator.parameters(), **adam)
+    if not opt.resume:
+        return state, 0, []
+    path, saved = load_checkpoint(opt.resume)
+    try:
+        for name, part in state.items():
+            part.load_state_dict(saved[name])
+        return state, saved["step"], saved["rows"]
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"--resume: {path} is from another version") from error
+
+
+def running_mean(mean: Tensor, new: Tensor, n: Tensor) -> Tensor:
+    """Move a mean of n weights towards a new one by 9 / (10 + n), but by >= 0.001."""
+    return mean + (new - mean) * (9 / (10 + n)).clamp(min=0.001)
 
 
 # ------------------------------------------------------------------------------- data
-def rng(*key: int) -> torch.Generator:
-    """Return a generator for a key such as (seed, purpose, step): no state is kept."""
+def seeded_generator(*key: int) -> torch.Generator:
+    """Return a random number generator for a key such as (seed, purpose, step)."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed) >> 1)
 
 
 def synthetic_digits(n: int, img_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw n digits: images n x 1 x S x S uint8, white on black, and labels n int64."""
+    """Draw n digits, white on black: images n x 1 x S x S uint8 and labels n int64."""
     size = max(64, img_size)
-    font = ImageFont.load_default(size=0.75 * size)
+    try:
+        font = ImageFont.load_default(size=0.75 * size)
+    except TypeError:
+        raise ValueError("the digits need Pillow 10.1 or newer") from None
     glyphs = torch.empty(30, 1, size, size)
     for i in range(30):  # ten digits in three stroke widths
         glyph, text = Image.new("L", (size, size)), str(i // 3)
@@ -168,431 +369,470 @@ def synthetic_digits(n: int, img_size: int, seed: int) -> tuple[Tensor, Tensor]:
         ImageDraw.Draw(glyph).text((size / 2, size / 2), text, 255, font, **style)
         glyphs[i] = pil_to_tensor(glyph)
     glyphs = F.interpolate(glyphs, size=img_size, mode="area")
-    draw = torch.Generator().manual_seed(seed)
-    labels = torch.randint(10, (n,), generator=draw)
-    kinds = 3 * labels + torch.randint(3, (n,), generator=draw)
-    angle, zoom, shear, dx, dy = torch.rand(5, n, generator=draw) * 2 - 1
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (n,), generator=rng)
+    styles = 3 * labels + torch.randint(3, (n,), generator=rng)
+    angle, zoom, shear, dx, dy = torch.rand(5, n, generator=rng) * 2 - 1
     cos, sin, shear = (angle / 4).cos(), (angle / 4).sin(), shear / 4
     rows = [cos, shear * cos - sin, dx / 10, sin, shear * sin + cos, dy / 10]
     maps = (torch.stack(rows) * 0.9 * 1.2**zoom).T.view(n, 2, 3)
     imgs = torch.empty(n, 1, img_size, img_size, dtype=torch.uint8)
-    for part in torch.arange(n).split(1000):  # bounds the memory of the grid
-        grid = F.affine_grid(maps[part], [len(part), 1, img_size, img_size], False)
-        warped = F.grid_sample(glyphs[kinds[part]], grid, align_corners=False)
-        imgs[part] = warped.round().to(torch.uint8)
+    for chunk in torch.arange(n).split(max(1, 1_024_000 // img_size**2)):
+        grid = F.affine_grid(maps[chunk], [len(chunk), 1, img_size, img_size], False)
+        warped = F.grid_sample(glyphs[styles[chunk]], grid, align_corners=False)
+        imgs[chunk] = warped.round().to(torch.uint8)
     return imgs, labels
 
 
-def load_picture(path: Path, img_size: int) -> Tensor:
-    """Return a picture as it is shown, cropped to a square, uint8 3 x S x S."""
+def load_picture(path: str | Path, img_size: int, channels: int = 3) -> Tensor:
+    """Return an upright picture cropped to a square, uint8 C x S x S, or ValueError.
+
+    Grey (1 channel) or RGB (3); transparent pixels become white.
+    """
     try:
-        img = ImageOps.exif_transpose(Image.open(path))  # as the camera was held
+        img = Image.open(path)
+        img.draft(None, (img_size, img_size))  # decodes a large JPEG at a reduced size
         if img.mode[0] in "FI":  # F, I or I;16
-            raise ValueError("more than 8 bits a channel")
-        img = ImageOps.fit(img.convert("RGBA"), (img_size, img_size))
-        white = Image.new("RGBA", img.size, "white")  # shows where it is clear
-        return pil_to_tensor(Image.alpha_composite(white, img).convert("RGB"))
-    except Exception as error:  # Pillow raises many kinds
-        raise ValueError(f"--data_root: can't show {path}: {error}") from error
+            raise ValueError("more than 8 bits per channel")
+        img = ImageOps.exif_transpose(img).convert("RGBA")
+        img = ImageOps.fit(img, (img_size, img_size))
+        img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
+        return pil_to_tensor(img.convert("L" if channels == 1 else "RGB"))
+    except Exception as error:  # Pillow raises many exception types
+        raise ValueError(f"{path}: {error}") from error
+
+
+def find_pictures(root: str) -> list[Path]:
+    """Return the pictures below a folder, sorted; print how many files are left out."""
+    pictures, left_out, visited = [], Counter(), set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders.sort()  # decides which of two links to a folder is read
+        skip = os.path.realpath(folder) in visited and "linked twice"
+        skip = skip or ("checkpoint.pt" in files and "from a training run")
+        visited.add(os.path.realpath(folder))
+        if skip:
+            subfolders.clear()
+        for path in (Path(folder, name) for name in files):
+            hidden = any(part[0] == "." for part in path.relative_to(root).parts)
+            suffix = path.suffix.lower()
+            if skip or hidden:
+                left_out[skip or "hidden"] += 1
+            elif suffix in datasets.folder.IMG_EXTENSIONS and path.is_file():
+                pictures.append(path)
+            else:
+                left_out[suffix or "without a suffix"] += 1
+    if left_out:
+        print(f"left out of {root}:", *(f"{n} {why}," for why, n in left_out.items()))
+    return sorted(pictures)
+
+
+def load_folder(root: str, img_size: int, channels: int | None, n_cpu: int) -> list:
+    """Load all pictures below a folder for load_images; each subfolder is a class."""
+    paths, unusable = find_pictures(root), []
+    if len(paths) < 20:
+        raise ValueError(f"--data_root {root} has {len(paths)} pictures, fewer than 20")
+    print(f"decoding {len(paths)} pictures", flush=True)
+    order = torch.randperm(len(paths), generator=seeded_generator(0))
+    paths = [paths[i] for i in order]
+    imgs = torch.empty(len(paths), channels or 3, img_size, img_size, dtype=torch.uint8)
+
+    def load(i: int) -> None:
+        try:
+            imgs[i] = load_picture(paths[i], img_size, channels or 3)
+        except ValueError as error:
+            unusable.append(str(error))
+
+    with ThreadPool(n_cpu) as pool:
+        pool.map(load, range(len(paths)))
+    if unusable:
+        some = "; ".join(sorted(unusable)[:3])
+        raise ValueError(f"--data_root: {len(unusable)} pictures are unusable: {some}")
+    if channels is None and (imgs == imgs[:, :1]).all():
+        imgs = imgs[:, :1].clone()  # all are grey
+    classes = sorted({path.parent for path in paths})
+    labels = torch.tensor([classes.index(path.parent) for path in paths])
+    n = len(paths) // 10
+    return [imgs[n:], labels[n:], imgs[:n], labels[:n]]
 
 
 def load_images(
     dataset: str, data_root: str, img_size: int, channels: int | None, n_cpu: int
 ) -> list[Tensor]:
     """Return images, uint8 N x C x S x S, and labels: to train on, then held out."""
-    parts, size = [], [img_size, img_size]
+    if dataset == "folder":
+        return load_folder(data_root, img_size, channels, n_cpu)
     if dataset == "digits":
-        parts += synthetic_digits(20000, img_size, seed=20000)
-        parts += synthetic_digits(5000, img_size, seed=5000)
-    elif dataset == "folder":
-        paths = sorted(x for x in Path(data_root).rglob("*") if x.is_file())
-        paths = [x for x in paths if "/." not in f"/{x.relative_to(data_root)}"]
-        paths = [x for x in paths if x.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
-        if len(paths) < 20:
-            raise ValueError(f"--data_root {data_root}: fewer than 20 pictures")
-        paths = [paths[i] for i in torch.randperm(len(paths), generator=rng(0))]
-        imgs = torch.empty(len(paths), 3, *size, dtype=torch.uint8)
-        with ThreadPool(n_cpu) as pool:
-            decoded = pool.imap(lambda path: load_picture(path, img_size), paths)
-            for i, img in enumerate(decoded):
-                imgs[i] = img
-                if i % 1000 == 999:
-                    print(f"decoded {i + 1} of {len(paths)} pictures", flush=True)
-        if (imgs == imgs[:, :1]).all():
-            imgs = imgs[:, :1].clone()  # all are grey
-        classes = sorted({x.parent for x in paths})
-        held = len(paths) // 10
-        labels = torch.tensor([classes.index(x.parent) for x in paths])
-        parts += [imgs[held:], labels[held:], imgs[:held], labels[:held]]
+        splits = [*synthetic_digits(20000, img_size, seed=20000)]
+        splits += synthetic_digits(5000, img_size, seed=5000)
     else:
-        name = "FashionMNIST" if dataset == "fashion-mnist" else dataset.upper()
-        load = getattr(datasets, name)
-        for split in ("train", "test") if name == "SVHN" else (True, False):
-            try:
-                data = load(data_root, split, pil_to_tensor, download=True)
-            except Exception as error:  # torchvision raises many kinds
-                raise ValueError(f"--dataset {dataset}: {error}") from error
-            imgs, labels = zip(*data)
-            imgs = [resize(part, size) for part in torch.stack(imgs).split(5000)]
-            parts += [torch.cat(imgs), torch.tensor(labels)]
+        splits = load_torchvision(dataset, data_root, img_size)
     for i in (0, 2):
-        if channels == 1:
-            parts[i] = rgb_to_grayscale(parts[i])
-        parts[i] = parts[i].expand(-1, channels or -1, -1, -1)
-    return parts
+        imgs = rgb_to_grayscale(splits[i]) if channels == 1 else splits[i]
+        splits[i] = imgs.expand(-1, channels or -1, -1, -1)
+    return splits
+
+
+def load_torchvision(dataset: str, root: str, img_size: int) -> list[Tensor]:
+    """Load one of torchvision's data sets for load_images; download it if needed."""
+    name = "FashionMNIST" if dataset == "fashion-mnist" else dataset.upper()
+    splits = []
+    for split in ("train", "test") if name == "SVHN" else (True, False):
+        try:
+            data = getattr(datasets, name)(root, split, pil_to_tensor, download=True)
+            imgs = torch.stack([data[i][0] for i in range(len(data))])
+            labels = torch.as_tensor(data.labels if name == "SVHN" else data.targets)
+            if len(imgs) != len(labels):
+                raise ValueError(f"{len(imgs)} images, but {len(labels)} labels")
+        except Exception as error:  # torchvision raises many exception types
+            files = f"{root}/{name}/raw" if "MNIST" in name else root
+            text = f"the files in {files} are damaged, or missing and not downloadable"
+            raise ValueError(f"--dataset {dataset}: {text}: {error!r}") from error
+        chunks = imgs.split(max(1, 5_120_000 // img_size**2))
+        imgs = torch.cat([resize(chunk, [img_size, img_size]) for chunk in chunks])
+        splits += [imgs, labels]
+    return splits
 
 
 def default_dataset(data_root: str) -> str:
-    """Return mnist where it is on disk or can be downloaded, else digits."""
+    """Return mnist if it is on disk or can be downloaded, else digits."""
+    root, suffixes = Path(data_root), datasets.folder.IMG_EXTENSIONS
+    if any(root.glob("MNIST/raw/*ubyte*")):
+        return "mnist"
+    if any(x.suffix.lower() in suffixes for x in [*root.glob("*"), *root.glob("*/*")]):
+        raise ValueError(f"--data_root {root} holds pictures: add --dataset folder")
+    print(f"MNIST is not in {root}: downloading it", flush=True)
     try:
         datasets.MNIST(data_root, download=True)
         return "mnist"
     except (OSError, RuntimeError, ValueError):
-        print(f"no MNIST in {data_root} and none to download: the built-in digits")
+        print("MNIST can't be downloaded: using the built-in digits", flush=True)
         return "digits"
 
 
-# ------------------------------------------------------------------------------ score
+# ----------------------------------------------------------------------------- scores
+@torch.no_grad()
+def run_batched(function, x: Tensor, device: str) -> Tensor:
+    """Return function(x) in chunks that save memory; uint8 images become [-1, 1]."""
+
+    def run(chunk: Tensor) -> Tensor:
+        chunk = chunk.to(device)
+        return function(
+            chunk / 127.5 - 1 if chunk.dtype == torch.uint8 else chunk
+        ).cpu()
+
+    values = max(x[:1].numel(), run(x[:1]).numel(), 1)
+    return torch.cat([run(chunk) for chunk in x.split(max(1, 512_000 // values))])
+
+
 def train_classifier(imgs: Tensor, labels: Tensor, device: str) -> nn.Sequential:
     """Fit a small network to uint8 images: net(x) are logits, net[0](x) features."""
-    layers = []
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's RNG state alone
         torch.manual_seed(0)
-        for before, after in (imgs.shape[1], 16), (16, 32), (32, 64):
-            conv = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
-            layers += [conv, nn.BatchNorm2d(after), nn.ReLU()]
-        dense, last = nn.Linear(1024, 64), nn.Linear(64, int(labels.max()) + 1)
-    layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten(), dense, nn.ReLU()]
+        sizes = ((imgs.shape[1], 16), (16, 32), (32, 64))
+        layers = [Conv2dNormActivation(*size, stride=2) for size in sizes]
+        layers += [
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(1024, 64),
+            nn.ReLU(),
+        ]
+        last = nn.Linear(64, int(labels.max()) + 1)
     classifier = nn.Sequential(nn.Sequential(*layers), last).to(device)
-    adam = torch.optim.Adam(classifier.parameters(), fused=True)
-    rate = torch.optim.lr_scheduler.OneCycleLR(adam, max_lr=0.01, total_steps=500)
+    optimizer = torch.optim.Adam(classifier.parameters(), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=500)
     for step in range(500):
-        batch = torch.randint(len(imgs), (128,), generator=rng(step))
+        batch = torch.randint(len(imgs), (128,), generator=seeded_generator(step))
         logits = classifier(imgs[batch].to(device) / 127.5 - 1)
-        adam.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(logits, labels[batch].to(device)).backward()
-        adam.step()
-        rate.step()
+        optimizer.step()
+        schedule.step()
     return classifier.eval()
 
 
-@torch.no_grad()
-def in_parts(network: nn.Module, x: Tensor) -> Tensor:
-    """Return a network's output for a large batch, 500 at a time, on the CPU."""
-    device = next(network.parameters()).device
-    return torch.cat([network(part.to(device)).cpu() for part in x.split(500)])
-
-
 def evaluate(classifier: nn.Sequential, imgs: Tensor, real: Tensor) -> dict[str, float]:
-    """Score images in [-1, 1] against real ones, by a classifier's p(y|x) and features.
+    """Score images against real ones, in [-1, 1] or uint8, at least 2 of each.
 
-    score: higher is better; frechet: lower; classes: those with at least 1 %.
+    score: I' of the paper, E_x KL(p(y) || p(y|x)), higher is better; frechet: distance
+    of the features, lower is better; classes: those that at least 1 % of imgs are in.
     """
-    features = in_parts(classifier[0], imgs)
-    log_probs = in_parts(classifier[1], features).double().log_softmax(1)
-    log_probs = log_probs.clamp(min=-20)  # or one sure image would outweigh the others
+    device = next(classifier.parameters()).device
+    features = run_batched(classifier[0], imgs, device)
+    log_probs = run_batched(classifier[1], features, device).double().log_softmax(1)
+    log_probs = log_probs.clamp(min=-20)  # so that one confident image cannot dominate
     marginal = log_probs.exp().mean(0)
-    # I' of the paper: E_x KL(p(y) || p(y|x))
     score = (marginal * (marginal.log() - log_probs)).sum(1).mean()
-    ours, theirs = features.double(), in_parts(classifier[0], real).double()
-    shift = (ours.mean(0) - theirs.mean(0)).square().sum()
-    cov, real_cov = ours.T.cov(), theirs.T.cov()
+    real_features = run_batched(classifier[0], real, device).double()
+    features = features.double()
+    shift = (features.mean(0) - real_features.mean(0)).square().sum()
+    cov, real_cov = features.T.cov(), real_features.T.cov()
+    if not (cov + real_cov).isfinite().all():  # nor is that of fewer than 2
+        raise ValueError("evaluate needs at least 2 images of each kind, all finite")
     roots = torch.linalg.eigvals(cov @ real_cov).real.clamp(min=0).sqrt()
     frechet = shift + cov.trace() + real_cov.trace() - 2 * roots.sum()
     classes = (log_probs.argmax(1).bincount() >= 0.01 * len(imgs)).sum()
     return {"score": score.item(), "frechet": frechet.item(), "classes": classes.item()}
 
 
-# ------------------------------------------------------------------------------ flags
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read and check the flags; a bad one is one line on stderr and exit status 2."""
+def tv_bound(real_energy: Tensor, fake_energy: Tensor, margin: float) -> float:
+    """1 - L_D / margin, at least 0: a lower bound of TV(data, generator), in [0, 1].
 
-    def within(kind: type, low: float, high: float = 2**31):
-        def number(text: str):
+    For densities p, q and U >= 0: p U + q max(0, m - U) >= m min(p, q) everywhere, and
+    min(p, q) integrates to 1 - TV. So L_D >= m (1 - TV), for m > 0.
+    """
+    loss = discriminator_loss(real_energy, fake_energy, margin).item()
+    if not math.isfinite(loss):
+        raise ValueError("tv_bound needs finite energies")
+    return max(0.0, 1 - loss / margin) if margin > 0 else 0.0
+
+
+def score(opt, state: dict, held_out: Tensor, classifier: nn.Module | None) -> dict:
+    """Return tv_bound and, with a classifier, the scores of 5,000 generated images."""
+    z = torch.randn(5000, opt.latent_dim, generator=seeded_generator(opt.seed, 3))
+    gen_imgs = run_batched(state["averaged"], z if classifier else z[:1000], opt.device)
+    discriminator = state["discriminator"].eval()
+    real_energy, fake_energy = (
+        run_batched(lambda x: energy(discriminator(x)[0], x, opt.energy), x, opt.device)
+        for x in (held_out[:1000], gen_imgs[:1000])
+    )
+    discriminator.train()
+    scores = {"tv_bound": tv_bound(real_energy, fake_energy, opt.margin)}
+    return scores | (evaluate(classifier, gen_imgs, held_out) if classifier else {})
+
+
+# ------------------------------------------------------------------------ checkpoints
+def save(opt, state: dict, imgs: Tensor, step: int, rows: list[dict]) -> None:
+    """Write samples, log.csv and checkpoint.pt."""
+    # batch statistics of real images alone, for the discriminator's eval mode
+    chunks = imgs[:2000].tensor_split(max(4, imgs[:2000].numel() // 512_000))
+    update_bn((x.to(opt.device) / 127.5 - 1 for x in chunks), state["discriminator"])
+    samples, log, checkpoint = io.BytesIO(), io.StringIO(), io.BytesIO()
+    z = torch.randn(64, opt.latent_dim, generator=seeded_generator(opt.seed, 2))
+    samples_imgs = run_batched(state["averaged"], z, opt.device) / 2 + 0.5
+    save_image(samples_imgs, samples, format="png")
+    writer = csv.DictWriter(log, dict.fromkeys(name for row in rows for name in row))
+    writer.writeheader()
+    writer.writerows(rows)
+    saved = {name: part.state_dict() for name, part in state.items()}
+    # to memory first: torch.save to a full disk is no OSError
+    torch.save(saved | {"step": step, "rows": rows, "flags": vars(opt)}, checkpoint)
+    write(f"{opt.out_dir}/samples/{step}.png", samples.getvalue())
+    write(f"{opt.out_dir}/samples.png", samples.getvalue())
+    write(f"{opt.out_dir}/log.csv", log.getvalue().encode())
+    write(f"{opt.out_dir}/checkpoint.pt", checkpoint.getvalue())
+
+
+def write(path: str, content: bytes) -> None:
+    """Replace a file as a whole: neither a crash nor a second writer can damage it."""
+    temporary = Path(f"{path}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(run: str) -> tuple[str, dict]:
+    """Return path and contents of a checkpoint; "" stands for the newest run's."""
+    date = "[0-9]" * 8 + "-" + "[0-9]" * 6
+    newest = max(Path("runs").glob(f"{SCRIPT}-{date}"), default=Path("runs"))
+    path = Path(run or newest).absolute()
+    path = path if path.is_file() else path / "checkpoint.pt"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+        return str(path), saved | {"flags": dict(saved["flags"])}
+    except Exception as error:  # torch.load raises many exception types
+        raise ValueError(f"--resume: {path} is missing or no checkpoint") from error
+
+
+def load_run(run: str) -> tuple[nn.Module, nn.Module]:
+    """Return generator and discriminator of a folder or checkpoint, in eval mode."""
+    path, saved = load_checkpoint(run)
+    flags = saved["flags"] | {"resume": path, "device": "cpu"}
+    state, _, _ = build(argparse.Namespace(**flags))
+    return state["averaged"].module.eval(), state["discriminator"].eval()
+
+
+# ------------------------------------------------------------------------------ flags
+def default_margin(opt: argparse.Namespace) -> float:
+    """The paper's 10 for MNIST by the number of values; for mse that of the listing."""
+    if opt.energy == "mse":
+        return max(1.0, opt.batch_size / 64)
+    return 10 / 32 * (opt.channels * opt.img_size**2) ** 0.5
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check the flags; a bad one is one line on stderr and exit status 2."""
+
+    def number(kind: type, low: float, high: float = 2**31):
+        def number(text: str) -> float:
             if low <= kind(text) < high:
                 return kind(text)
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high})")
 
         return number
 
-    names = ["digits", "mnist", "fashion-mnist", "kmnist", "cifar10", "svhn", "folder"]
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", allow_abbrev=False)
     parser.usage = argparse.SUPPRESS  # an error is one line
-    positive, decay, amount = within(int, 1), within(float, 0, 1), within(float, 0)
-    best = "mps" if torch.backends.mps.is_available() else "cpu"
-    best = "cuda" if torch.cuda.is_available() else best
-    new = time.strftime(f"runs/{SCRIPT}-%Y%m%d-%H%M%S")
-    add = parser.add_argument
-    add("--n_epochs", type=positive, default=200, help="passes over the data [200]")
-    add("--batch_size", type=within(int, 2), default=64, help="images a step [64]")
-    add("--lr", type=within(float, 1e-12), default=2e-3, help="Adam's rate [0.002]")
-    add("--lr_decay", type=amount, default=3e-4, help="lr / (1 + this * step) [0.0003]")
-    add("--b1", type=decay, default=0.5, help="Adam's decay of the mean [0.5]")
-    add("--b2", type=decay, default=0.999, help="Adam's decay of the square [0.999]")
-    add("--n_cpu", type=positive, default=8, help="threads that decode a folder [8]")
-    add("--latent_dim", type=positive, default=62, help="numbers in the noise z [62]")
-    add("--img_size", type=within(int, 8), default=32, help="a multiple of 4 [32]")
-    add("--channels", type=int, choices=(1, 3), help="grey or colour [as the data]")
-    add("--sample_interval", type=positive, default=400, help="steps to a save [400]")
-    add("--energy", choices=("norm", "mse"), default="norm", help="U(x) [norm]")
-    add("--margin", type=amount, help="[norm 10 at 1 x 32 x 32, mse 1 at batch 64]")
-    add("--noise", type=amount, help="in D's input, to be removed [norm 0.3, mse 0]")
-    add("--dataset", choices=names, help="[mnist if it can be had, else digits]")
-    add("--data_root", default="data", help="folder of data sets or pictures [data]")
-    add("--out_dir", default=new, help="a new folder [runs/<script>-<date>-<time>]")
-    add("--seed", type=within(int, 0), default=0, help="of all random draws [0]")
-    add("--device", default=best, help="cpu, cuda:1, mps [cuda, else mps, else cpu]")
-    add("--amp", action="store_true", help="bfloat16; slower on most CPUs [off]")
-    add("--max_steps", type=positive, help="stop after that many steps [no limit]")
-    add("--resume", nargs="?", const="", help="a run's folder or checkpoint [newest]")
-    add("--generate", type=positive, help="write that many pictures of a run, and end")
-    parser.set_defaults(script=SCRIPT, processes=WORLD)  # a run is resumed by the same
+    parser.description = """Train an Energy-Based GAN. The energy of an image is the error
+        with which the discriminator, an auto-encoder, reconstructs it; generated images
+        are pushed up to the margin and no further. Defaults are in brackets."""
+    if RANK > 0:
+        parser.error = lambda message: sys.exit(2)  # the first process prints it
+    whole, share, amount = number(int, 1), number(float, 0, 1), number(float, 0)
+    names = ("digits", "mnist", "fashion-mnist", "kmnist", "cifar10", "svhn", "folder")
+    found = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
+    device, now = found.type if found else "cpu", time.strftime("%Y%m%d-%H%M%S")
+    for name, kind, default, text in (
+        ("n_epochs", whole, 200, "passes over the training images [200]"),
+        ("batch_size", number(int, 2), 64, "images per step and process [64]"),
+        ("lr", number(float, 1e-12), 2e-3, "Adam's learning rate [0.002]"),
+        ("lr_decay", amount, 3e-4, "the rate is lr / (1 + lr_decay * step) [0.0003]"),
+        ("b1", share, 0.5, "Adam's beta1 [0.5]"),
+        ("b2", share, 0.999, "Adam's beta2 [0.999]"),
+        ("n_cpu", number(int, 1, 1000), 8, "threads that decode pictures [8]"),
+        ("latent_dim", whole, 62, "dimension of z [62]"),
+        ("img_size", number(int, 8), 32, "height and width, a multiple of 4 [32]"),
+        ("channels", (1, 3), None, "grey or colour [as in the data]"),
+        ("sample_interval", whole, 400, "steps between saves [400]"),
+        ("energy", ("norm", "mse"), "norm", "norm of the error, or mean square [norm]"),
+        ("margin", amount, None, "[norm: 10 at 1 x 32 x 32; mse: 1 at batch size 64]"),
+        ("noise", amount, None, "of the discriminator's input [norm: 0.3; mse: 0]"),
+        ("dataset", names, None, "[mnist if on disk or downloadable, else digits]"),
+        ("data_root", os.path.abspath, "data", "folder of data or pictures [data]"),
+        ("out_dir", os.path.abspath, f"runs/{SCRIPT}-{now}", "a new folder [in runs]"),
+        ("seed", number(int, 0), 0, "random seed [0]"),
+        ("device", str, device, "such as cpu or cuda:1 [an accelerator, else cpu]"),
+        ("max_steps", whole, None, "stop after this many steps [no limit]"),
+        ("generate", whole, None, "write this many images from a run, and stop"),
+    ):
+        choices = kind if isinstance(kind, tuple) else None
+        kind = type(kind[0]) if choices else kind
+        options = {"type": kind, "choices": choices, "default": default}
+        parser.add_argument(f"--{name}", **options, help=text)
+    parser.add_argument("--amp", action="store_true", help="compute in bfloat16 [off]")
+    text = "a run's folder or checkpoint [this script's newest]"
+    parser.add_argument("--resume", nargs="?", const="", metavar="RUN", help=text)
+    parser.set_defaults(script=SCRIPT, processes=WORLD_SIZE, images=None)
     opt = parser.parse_args(argv)
     try:
         if opt.resume is not None or opt.generate:
-            path, flags, _ = load_checkpoint(opt.resume or "")
-            flags["out_dir"] = str(Path(path).parent)
-            flags["out_dir"] += "/generated" if opt.generate else ""
-            # again: a flag that is not typed has the run's value instead of the default
-            opt = parser.parse_args(argv, argparse.Namespace(**flags))
-            opt.script, opt.processes, opt.resume = SCRIPT, WORLD, path
-            free = {"n_epochs", "max_steps", "sample_interval", "n_cpu", "data_root"}
-            free |= {"device", "resume", "generate"}
-            free |= {"seed", "processes", "out_dir"} if opt.generate else set()
-            for name in sorted(flags.keys() - free):
-                if (now := getattr(opt, name)) != flags[name]:
-                    raise ValueError(f"{name} {now}: {path} has {flags[name]}")
-            # a flag that came in since has no value that the run was trained with
-            if vars(opt).keys() > flags.keys() and not opt.generate:
-                raise ValueError(f"--resume: {path} is not of this script's version")
-        elif any(Path(opt.out_dir).glob("*")):
-            raise ValueError(f"--out_dir '{opt.out_dir}' is no new or empty folder")
+            path, saved = load_checkpoint(opt.resume or "")
+            flags = saved["flags"] | {"out_dir": os.path.dirname(path)}
+            may_change = "resume generate n_epochs max_steps sample_interval data_root"
+            may_change += " n_cpu device images"
+            if opt.generate:
+                flags["out_dir"] += f"/generated-{now}"
+                may_change += " seed processes out_dir"
+            parser.set_defaults(**flags | {"script": SCRIPT, "processes": WORLD_SIZE})
+            opt = parser.parse_args(argv)
+            opt.resume = path
+            for name, value in vars(opt).items():
+                if name not in may_change.split() and value != flags.get(name):
+                    text = f"{path}, which was trained with {flags.get(name)}"
+                    raise ValueError(f"--{name} {value} contradicts {text}")
+        if (opt.generate or not opt.resume) and any(Path(opt.out_dir).glob("*")):
+            raise ValueError(f"--out_dir {opt.out_dir} is not a new or empty folder")
         if opt.img_size % 4:
             raise ValueError(f"--img_size {opt.img_size} is not a multiple of 4")
         torch.zeros(1, device=opt.device).item()
     except ValueError as error:
         parser.error(str(error))
-    except (RuntimeError, AssertionError) as error:  # of torch.zeros
+    except (RuntimeError, AssertionError) as error:  # from torch.zeros
         parser.error(f"--device {opt.device}: {str(error).splitlines()[0]}")
     return opt
 
 
-# --------------------------------------------------------------------------- training
-def load_checkpoint(run: str) -> tuple[str, dict, dict]:
-    """Return path, flags and contents of a run's checkpoint; "" is the newest run."""
-    pattern = "**/checkpoint.pt" if run else f"{SCRIPT}-*/**/checkpoint.pt"
-    path = Path(run or "runs")
-    path = path if path.is_file() else max(path.glob(pattern), default=path)
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
-        return str(path), saved["flags"], saved
-    except Exception as error:  # torch.load raises many kinds
-        raise ValueError(f"--resume: no readable checkpoint in {path}") from error
-
-
-def load_run(run: str) -> tuple[nn.Module, nn.Module]:
-    """Return generator and discriminator of a folder or checkpoint, in eval mode."""
-    _, flags, saved = load_checkpoint(run)
-    size = flags["img_size"], flags["channels"]
-    with torch.device("meta"):  # draws no random weights, which would be replaced
-        averaged = AveragedModel(Generator(*size, flags["latent_dim"]))
-        discriminator = Discriminator(*size)
-    averaged.load_state_dict(saved["averaged"], assign=True)
-    discriminator.load_state_dict(saved["discriminator"], assign=True)
-    return averaged.module.eval(), discriminator.eval()
-
-
-def running_mean(mean: Tensor, new: Tensor, n: Tensor) -> Tensor:
-    """Return the mean moved to a new value by 9 / (10 + n), but by 0.001 at least."""
-    return mean + (new - mean) * (9 / (10 + n)).clamp(min=0.001)
-
-
-def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
-    """Train as the flags say, on load_images's tensors; return the log's last row."""
-    imgs, labels, held_imgs, held_labels = data
-    n = opt.batch_size * WORLD  # images a step
-    epoch_steps = len(imgs) // n  # full batches only
-    total = min(opt.n_epochs * epoch_steps, opt.max_steps or sys.maxsize)
-    if total == 0:
-        raise ValueError(f"--batch_size {opt.batch_size}: only {len(imgs)} images")
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay
-        torch.manual_seed(opt.seed)
-        generator = Generator(opt.img_size, opt.channels, opt.latent_dim).to(opt.device)
-        discriminator = Discriminator(opt.img_size, opt.channels).to(opt.device)
-    adam = {"lr": opt.lr, "betas": (opt.b1, opt.b2), "fused": True}
-    optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
-    averaged = AveragedModel(generator, avg_fn=running_mean, use_buffers=True).eval()
-    parts = {"generator": generator, "averaged": averaged, "optimizer_g": optimizer_g}
-    parts |= {"discriminator": discriminator, "optimizer_d": optimizer_d}
-    folder = Path(opt.out_dir)
-    start, row = 0, {}
-    if opt.resume:
-        _, _, saved = load_checkpoint(opt.resume)
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
-            start, row = saved["step"], saved["row"]
-        except (KeyError, RuntimeError) as error:
-            text = f"--resume: {opt.resume} is not of this script's version"
-            raise ValueError(text) from error
-        os.truncate(folder / "log.csv", saved["log_size"])  # later rows come again
-    elif RANK == 0:
-        (folder / "samples").mkdir(parents=True)  # fails where another run has begun
-        (folder / "log.csv").write_text(LOG_HEADER)
-    net_g, net_d = generator, discriminator
-    if WORLD > 1:
-        net_g = DDP(generator, broadcast_buffers=False)
-        net_d = DDP(discriminator, broadcast_buffers=False)
-    autocast = torch.autocast(opt.device.split(":")[0], torch.bfloat16, enabled=opt.amp)
-    where = f"step {start} of {total} on {opt.device}, in {folder}"
-    print(f"{opt.dataset}: {len(imgs)} images, {where}", flush=True)
-    held, classifier = held_imgs / 127.5 - 1, None
-    if RANK == 0 and start < total and labels.max() > 0:  # there are classes
-        classifier = train_classifier(imgs, labels, opt.device)
-        right = (in_parts(classifier, held).argmax(1) == held_labels).float().mean()
-        print(f"classifier: {right:.2%} of the held-out images right")
-        real = evaluate(classifier, imgs[:5000] / 127.5 - 1, held)
-        ceiling = {f"real_{name}": value for name, value in real.items()}
-
-    tick, tick_step = time.perf_counter(), start
-    for epoch in range(start // epoch_steps, math.ceil(total / epoch_steps)):
-        order = torch.randperm(len(imgs), generator=rng(opt.seed, 0, epoch))
-        batches = order[: epoch_steps * n].view(epoch_steps, WORLD, -1)
-        first, last = epoch * epoch_steps + 1, min((epoch + 1) * epoch_steps, total)
-        for step in range(max(first, start + 1), last + 1):
-            real_imgs = imgs[batches[step - first, RANK]].to(opt.device) / 127.5 - 1
-            draw = rng(opt.seed, 1, step, RANK)
-            z = torch.randn(opt.batch_size, opt.latent_dim, generator=draw)
-            noise = torch.randn(real_imgs.shape, generator=draw).to(opt.device)
-            noise *= opt.noise  # for the discriminator to remove
-            for optimizer in (optimizer_d, optimizer_g):  # a constant rate ends worse
-                optimizer.param_groups[0]["lr"] = opt.lr / (1 + opt.lr_decay * step)
-
-            # discriminator: real images to low energy, generated ones to the margin
-            with autocast:
-                gen_imgs = net_g(z.to(opt.device))
-                fake_imgs = gen_imgs.detach()
-                real_recon, _ = net_d(real_imgs + noise)
-                fake_recon, _ = net_d(fake_imgs + noise)
-            real_energy = energy(real_recon, real_imgs, opt.energy)
-            fake_energy = energy(fake_recon, fake_imgs, opt.energy)
-            loss_d = discriminator_loss(real_energy, fake_energy, opt.margin)
-            optimizer_d.zero_grad()
-            loss_d.backward()
-            optimizer_d.step()
-
-            # generator: its images to low energy, gradient through recon and gen_imgs
-            with autocast:  # not by net_d: DDP would wait for D's gradients
-                recon, embedding = discriminator(gen_imgs + noise)
-            loss_g = energy(recon, gen_imgs, opt.energy).mean()
-            optimizer_g.zero_grad()
-            loss_g.backward(inputs=list(generator.parameters()))
-            optimizer_g.step()
-            averaged.update_parameters(generator)
-
-            save = step in (50, 100, 200, last) or step % opt.sample_interval == 0
-            if RANK > 0 or not (save or step % 20 == 0):
-                continue  # to read a figure would wait for the device
-            weights = [*generator.parameters(), *discriminator.parameters()]
-            if not all(x.isfinite().all() for x in weights):
-                raise FloatingPointError(f"not finite at step {step}: see {folder}")
-            row = {"step": step, "epoch": epoch + 1}
-            row["real_energy"] = real_energy.mean().item()
-            row["fake_energy"] = fake_energy.mean().item()
-            row["hinge_active"] = (fake_energy < opt.margin).float().mean().item()
-            row["pullaway"] = pullaway_loss(embedding).item()
-            row["images_per_s"] = (step - tick_step) * n / (time.perf_counter() - tick)
-            if save:  # batch statistics of real images alone, for D's eval mode
-                some = imgs[:2000].tensor_split(4)
-                update_bn((x.to(opt.device) / 127.5 - 1 for x in some), discriminator)
-            if step == last:
-                z = torch.randn(5000, opt.latent_dim, generator=rng(opt.seed, 3))
-                made = in_parts(averaged, z)
-                discriminator.eval()
-                with torch.no_grad():
-                    both = [x[:1000].to(opt.device) for x in (held, made)]
-                    values = [energy(discriminator(x)[0], x, opt.energy) for x in both]
-                discriminator.train()
-                row["tv_bound"] = tv_bound(*values, opt.margin)
-                if classifier:
-                    row |= evaluate(classifier, made, held) | ceiling
-            print(*(f"{name} {value:.5g}" for name, value in row.items()), flush=True)
-            with open(folder / "log.csv", "a") as log:
-                print(*row.values(), sep=",", file=log)
-            if save:
-                z = torch.randn(64, opt.latent_dim, generator=rng(opt.seed, 2))
-                shown = in_parts(averaged, z) / 2 + 0.5
-                save_image(shown, folder / f"samples/{step}.png")
-                save_image(shown, folder / "samples.png")
-                saved = {name: part.state_dict() for name, part in parts.items()}
-                saved |= {"step": step, "row": row, "flags": vars(opt)}
-                saved["log_size"] = (folder / "log.csv").stat().st_size
-                buffer = io.BytesIO()  # torch.save to a full disk is no OSError
-                torch.save(saved, buffer)
-                (folder / "partial").write_bytes(buffer.getvalue())
-                os.replace(folder / "partial", folder / "checkpoint.pt")
-            tick, tick_step = time.perf_counter(), step
-    return row
-
-
 # ------------------------------------------------------------------------------- main
+
+
+def load_data(opt: argparse.Namespace) -> list[Tensor]:
+    """Return load_images's tensors, and set the flags that depend on them."""
+    if RANK > 0:
+        dist.barrier()  # until the first process has downloaded the data
+    if os.path.exists(opt.data_root) != os.path.isdir(opt.data_root):
+        raise ValueError(f"--data_root {opt.data_root} is not a folder")
+    opt.dataset = opt.dataset or default_dataset(opt.data_root)
+    print(f"reading {opt.dataset}", flush=True)
+    where = opt.dataset, opt.data_root, opt.img_size, opt.channels, opt.n_cpu
+    data = load_images(*where)
+    if WORLD_SIZE > 1 and RANK == 0:
+        dist.barrier()
+    checksum = 0
+    for tensor in data:
+        checksum = zlib.crc32(np.ascontiguousarray(tensor), checksum)
+    images = f"{len(data[0])} images to train on, {len(data[2])} held out"
+    images += f" (checksum {checksum:08x})"
+    if opt.resume and images != opt.images:
+        raise ValueError(f"--data_root: {images}; {opt.resume} had {opt.images}")
+    print(f"{images}, on {opt.device}", flush=True)
+    opt.images, opt.channels = images, data[0].shape[1]
+    if opt.noise is None:
+        opt.noise = 0.3 if opt.energy == "norm" else 0.0
+    if opt.margin is None:
+        opt.margin = default_margin(opt)
+    return data
+
+
+def generate(opt: argparse.Namespace) -> None:
+    """Write images from a run, and the first 64 of them as a grid."""
+    generator, _ = load_run(opt.resume)
+    rng = seeded_generator(opt.seed, 4)
+    z = torch.randn(opt.generate, opt.latent_dim, generator=rng)
+    Path(opt.out_dir).mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(z), 64):
+        chunk = z[start : start + 64]
+        imgs = run_batched(generator.to(opt.device), chunk, opt.device) / 2 + 0.5
+        if start == 0:
+            save_image(imgs, f"{opt.out_dir}/grid.png")
+        for i, img in enumerate(imgs, start):
+            save_image(img, f"{opt.out_dir}/{i:05d}.png")
+    print(f"wrote {len(z)} images and grid.png to {opt.out_dir}")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the script and return its exit status; a fault is one line on stderr."""
+    """Run the script and return its exit status; an error is one line on stderr."""
     opt = parse_args(argv)
     try:
-        if opt.generate:
-            generator, _ = load_run(opt.resume)
-            z = torch.randn(opt.generate, opt.latent_dim, generator=rng(opt.seed, 4))
-            imgs = in_parts(generator.to(opt.device), z) / 2 + 0.5
-            Path(opt.out_dir).mkdir(parents=True, exist_ok=True)
-            save_image(imgs[:64], Path(opt.out_dir, "grid.png"))
-            for i, img in enumerate(imgs):
-                save_image(img, Path(opt.out_dir, f"{i:05d}.png"))
-            print(f"wrote {len(imgs)} pictures and grid.png to {opt.out_dir}")
-            return 0
-        if RANK > 0:
-            dist.barrier()  # until the first process has downloaded the data
-        opt.dataset = opt.dataset or default_dataset(opt.data_root)
-        source = (opt.dataset, opt.data_root, opt.img_size, opt.channels, opt.n_cpu)
-        data = load_images(*source)
-        if WORLD > 1 and RANK == 0:
-            dist.barrier()
-        opt.channels = data[0].shape[1]
-        if opt.noise is None:
-            opt.noise = 0.3 if opt.energy == "norm" else 0.0
-        if opt.margin is None:  # as in the paper, or as in the listings
-            of_norm = 10 / 32 * (opt.channels * opt.img_size**2) ** 0.5
-            of_mse = max(1.0, opt.batch_size / 64)
-            opt.margin = of_norm if opt.energy == "norm" else of_mse
-        train(opt, data)
+        with torch.inference_mode(False), torch.enable_grad():
+            if opt.generate:
+                generate(opt)
+            else:
+                train(opt, load_data(opt))
         return 0
     except KeyboardInterrupt:
-        saved = any(Path(opt.out_dir).rglob("checkpoint.pt"))
-        text = f"go on with: python {SCRIPT}.py --resume {opt.out_dir}"
-        print("stopped,", text if saved else "nothing was saved", file=sys.stderr)
-        return 130
+        status, text = 130, "stopped"
+        if Path(opt.out_dir, "checkpoint.pt").exists():
+            torchrun = ("torchrun", f"--nproc_per_node={WORLD_SIZE}")
+            launcher = torchrun if WORLD_SIZE > 1 else ("python",)
+            command = shlex.join([*launcher, __file__, "--resume", opt.out_dir])
+            text = f"stopped; to resume: {command}"
     except (OSError, ValueError, FloatingPointError) as error:
         where = f"{opt.out_dir}: " if isinstance(error, OSError) else ""
-        text = where + " ".join(str(error).split())
-        print(f"{SCRIPT}.py: error: {text}", file=sys.stderr)
-        return 2
+        status, text = 2, f"error: {where}{' '.join(str(error).split())}"
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        flags = "--batch_size, --img_size, --latent_dim or --generate"
+        status, text = 2, f"error: out of memory; lower {flags}"
+    if RANK == 0:
+        newline = (
+            "\n" if sys.stdout.isatty() else ""
+        )  # after a line that is overwritten
+        print(f"{newline}{SCRIPT}.py: {text}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
     socket.setdefaulttimeout(5)  # seconds for each of torchvision's two mirrors
-    if WORLD > 1:
+    if WORLD_SIZE > 1:
         warnings.filterwarnings("ignore", ".*broadcast_buffers")  # renamed in new torch
         dist.init_process_group()
         atexit.register(dist.destroy_process_group)
         if torch.cuda.is_available():
-            torch.cuda.set_device(RANK % torch.cuda.device_count())
-    if RANK > 0:
-        sys.stdout = None  # the first process prints
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if RANK > 0 or sys.stdout is None:
+        sys.stdout = io.StringIO()  # the first process prints
     if sys.platform == "linux":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
-        # 1.2 times the images/s: glibc keeps freed memory
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
     sys.exit(main())

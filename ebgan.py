@@ -22,13 +22,12 @@ import argparse
 import atexit
 import csv
 import io
-import math
 import os
 import shlex
-import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 import warnings
 import zlib
@@ -38,11 +37,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torchvision import datasets
 from torchvision.ops import Conv2dNormActivation
@@ -219,7 +216,7 @@ def train_step(
 def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
     """Train as the flags say on the tensors of load_images; return the last log row."""
     # setup
-    imgs, labels, held_out, _ = data
+    imgs, labels, _, _ = data
     global_batch = opt.batch_size * WORLD_SIZE
     epoch_steps = len(imgs) // global_batch  # full batches only
     total = min(opt.n_epochs * epoch_steps, opt.max_steps or sys.maxsize)
@@ -230,28 +227,24 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
     generator, averaged, discriminator, *optimizers = state.values()
     unscored = rows and rows[-1].get("tv_bound", 0) is None  # stopped while scoring
     if start >= total and not unscored:
-        text = "nothing to do; raise --n_epochs or --max_steps to continue"
-        print(f"{opt.out_dir} has {start} steps: {text}", flush=True)
+        text = "raise --n_epochs or --max_steps to continue"
+        print(f"nothing to do: {opt.out_dir} has {start} steps; {text}", flush=True)
         return rows[-1]
     if RANK == 0:
         Path(opt.out_dir, "samples").mkdir(parents=True, exist_ok=bool(opt.resume))
         save(opt, state, imgs, start, rows)  # from here on the run can be resumed
-        classifier, real_scores = None, {}
-        if labels.max() > 0:  # there are classes
-            print("training a classifier for the scores", flush=True)
-            classifier = train_classifier(imgs, labels, opt.device)
-            scores = evaluate(classifier, imgs[:5000], held_out)
-            real_scores = {f"real_{name}": value for name, value in scores.items()}
+        print("preparing the scores", flush=True)
+        classifier = labels.max() > 0 and train_classifier(imgs, labels, opt.device)
         if unscored:
-            rows[-1] |= score(opt, state, held_out, classifier) | real_scores
+            rows[-1] |= score(opt, state, data, classifier)
             save(opt, state, imgs, start, rows)
     networks = generator, discriminator
     if WORLD_SIZE > 1:
-        # find_unused_parameters: else DDP regroups the gradients after the first step,
-        # and a resumed run adds them up in another order
+        # find_unused_parameters: otherwise DDP regroups the gradients after its first
+        # step, and a resumed run adds them up in another order
         ddp = {"broadcast_buffers": False, "find_unused_parameters": True}
-        networks = DDP(generator, **ddp), DDP(discriminator, **ddp)
-    options = {"margin": opt.margin, "kind": opt.energy, "amp": opt.amp}
+        networks = [nn.parallel.DistributedDataParallel(net, **ddp) for net in networks]
+    options = opt.margin, opt.energy, opt.amp
     # scores come at the ends of epochs, but hardly more often than saves
     score_interval = max(1, round(opt.sample_interval / epoch_steps)) * epoch_steps
     print(f"training from step {start} to {total} in {opt.out_dir}", flush=True)
@@ -263,9 +256,8 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
         epoch, i = divmod(step - 1, epoch_steps)
         if i == 0 or step == start + 1:
             rng = seeded_generator(opt.seed, 0, epoch)
-            order = torch.randperm(len(imgs), generator=rng)
-        batch = order[(i * WORLD_SIZE + RANK) * opt.batch_size :][: opt.batch_size]
-        real_imgs = imgs[batch].to(opt.device) / 127.5 - 1
+            batches = torch.randperm(len(imgs), generator=rng).split(opt.batch_size)
+        real_imgs = imgs[batches[i * WORLD_SIZE + RANK]].to(opt.device) / 127.5 - 1
         rng = seeded_generator(opt.seed, 1, step, RANK)
         z = torch.randn(opt.batch_size, opt.latent_dim, generator=rng).to(opt.device)
         noise = torch.randn(real_imgs.shape, generator=rng).to(opt.device) * opt.noise
@@ -274,46 +266,43 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = opt.lr / (1 + opt.lr_decay * step)
         real_energy, fake_energy, embedding = train_step(
-            *networks, *optimizers, real_imgs, z, noise, **options
+            *networks, *optimizers, real_imgs, z, noise, *options
         )
         averaged.update_parameters(generator)
 
         # log: not at every step, since reading a value waits for the device
-        score_due = step == total or step % score_interval == 0
-        save_due = (
-            score_due or step % opt.sample_interval == 0 or step in (50, 100, 200)
-        )
-        if RANK > 0 or not (save_due or step % 20 == 0):
+        scoring = step == total or step % score_interval == 0
+        saving = scoring or step % opt.sample_interval == 0 or step in (50, 100, 200)
+        if RANK > 0 or not (saving or step % 20 == 0):
             continue
         if not all(x.isfinite().all() for net in networks for x in net.parameters()):
             raise FloatingPointError(f"weights not finite at step {step}: lower --lr")
-        speed = (step - timed_step) * global_batch / (time.perf_counter() - timed)
         row = {"step": step, "epoch": epoch + 1}
         row["real_energy"] = real_energy.mean().item()
         row["fake_energy"] = fake_energy.mean().item()
         row["hinge_active"] = (fake_energy < opt.margin).float().mean().item()
         row["pullaway"] = pullaway_loss(embedding).item()
-        row["images_per_s"] = speed
+        seconds = time.perf_counter() - timed
+        row["images_per_s"] = (step - timed_step) * global_batch / seconds
         rows.append(row)
 
-        # save, then score, which takes the most memory
-        if score_due:
+        # save
+        if scoring:
             row["tv_bound"] = None  # not yet
-        if save_due:
+        if saving:
             save(opt, state, imgs, step, rows)
-        if score_due:
-            row |= score(opt, state, held_out, classifier) | real_scores
+
+        # score: after the save, since it takes the most memory
+        if scoring:
+            row |= score(opt, state, data, classifier)
             save(opt, state, imgs, step, rows)
         timed_step, timed = step, time.perf_counter()
-        minutes_left = (timed - began) / (step - start) * (total - step) / 60
-        if (
-            save_due or sys.stdout.isatty()
-        ):  # on a terminal, other lines are overwritten
+        if saving or sys.stdout.isatty():
+            minutes_left = (timed - began) / (step - start) * (total - step) / 60
             line = " ".join(f"{name} {value:.5g}" for name, value in row.items())
             line = f"{minutes_left:.0f} min left, {line}"
-            width = shutil.get_terminal_size().columns - 1
-            line = line if save_due else line[:width]
-            print(line.ljust(width), end="\n" if save_due else "\r", flush=True)
+            # on a terminal, lines between saves overwrite each other
+            print(line + "\n" if saving else f"{line[:79]:79}\r", end="", flush=True)
     return rows[-1] if rows else {}
 
 
@@ -324,23 +313,13 @@ def build(opt: argparse.Namespace) -> tuple[dict, int, list[dict]]:
         generator = Generator(opt.img_size, opt.channels, opt.latent_dim).to(opt.device)
         discriminator = Discriminator(opt.img_size, opt.channels).to(opt.device)
     averaged = AveragedModel(generator, avg_fn=running_mean, use_buffers=True).eval()
-    state = {
-        "generator": generator,
-        "averaged": averaged,
-        "discriminator": discriminator,
-    }
+    state = {"generator": generator, "averaged": averaged}
+    state["discriminator"] = discriminator
     adam = {"lr": opt.lr, "betas": (opt.b1, opt.b2), "fused": True}
     state["optimizer_g"] = torch.optim.Adam(generator.parameters(), **adam)
     state["optimizer_d"] = torch.optim.Adam(discriminator.parameters(), **adam)
-    if not opt.resume:
-        return state, 0, []
-    path, saved = load_checkpoint(opt.resume)
-    try:
-        for name, part in state.items():
-            part.load_state_dict(saved[name])
-        return state, saved["step"], saved["rows"]
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"--resume: {path} is from another version") from error
+    saved = load_checkpoint(opt.resume, state) if opt.resume else {}
+    return state, saved.get("step", 0), saved.get("rows", [])
 
 
 def running_mean(mean: Tensor, new: Tensor, n: Tensor) -> Tensor:
@@ -360,8 +339,8 @@ def synthetic_digits(n: int, img_size: int, seed: int) -> tuple[Tensor, Tensor]:
     size = max(64, img_size)
     try:
         font = ImageFont.load_default(size=0.75 * size)
-    except TypeError:
-        raise ValueError("the digits need Pillow 10.1 or newer") from None
+    except TypeError as error:
+        raise ValueError("the built-in digits need Pillow 10.1 or newer") from error
     glyphs = torch.empty(30, 1, size, size)
     for i in range(30):  # ten digits in three stroke widths
         glyph, text = Image.new("L", (size, size)), str(i // 3)
@@ -377,10 +356,10 @@ def synthetic_digits(n: int, img_size: int, seed: int) -> tuple[Tensor, Tensor]:
     rows = [cos, shear * cos - sin, dx / 10, sin, shear * sin + cos, dy / 10]
     maps = (torch.stack(rows) * 0.9 * 1.2**zoom).T.view(n, 2, 3)
     imgs = torch.empty(n, 1, img_size, img_size, dtype=torch.uint8)
-    for chunk in torch.arange(n).split(max(1, 1_024_000 // img_size**2)):
-        grid = F.affine_grid(maps[chunk], [len(chunk), 1, img_size, img_size], False)
-        warped = F.grid_sample(glyphs[styles[chunk]], grid, align_corners=False)
-        imgs[chunk] = warped.round().to(torch.uint8)
+    for i in torch.arange(n).split(max(1, 1_024_000 // img_size**2)):
+        grid = F.affine_grid(maps[i], [len(i), 1, img_size, img_size], False)
+        warped = F.grid_sample(glyphs[styles[i]], grid, align_corners=False)
+        imgs[i] = warped.round().byte()
     return imgs, labels
 
 
@@ -402,36 +381,26 @@ def load_picture(path: str | Path, img_size: int, channels: int = 3) -> Tensor:
         raise ValueError(f"{path}: {error}") from error
 
 
-def find_pictures(root: str) -> list[Path]:
-    """Return the pictures below a folder, sorted; print how many files are left out."""
-    pictures, left_out, visited = [], Counter(), set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders.sort()  # decides which of two links to a folder is read
-        skip = os.path.realpath(folder) in visited and "linked twice"
-        skip = skip or ("checkpoint.pt" in files and "from a training run")
-        visited.add(os.path.realpath(folder))
-        if skip:
-            subfolders.clear()
-        for path in (Path(folder, name) for name in files):
-            hidden = any(part[0] == "." for part in path.relative_to(root).parts)
-            suffix = path.suffix.lower()
-            if skip or hidden:
-                left_out[skip or "hidden"] += 1
-            elif suffix in datasets.folder.IMG_EXTENSIONS and path.is_file():
-                pictures.append(path)
-            else:
-                left_out[suffix or "without a suffix"] += 1
-    if left_out:
-        print(f"left out of {root}:", *(f"{n} {why}," for why, n in left_out.items()))
-    return sorted(pictures)
-
-
 def load_folder(root: str, img_size: int, channels: int | None, n_cpu: int) -> list:
     """Load all pictures below a folder for load_images; each subfolder is a class."""
-    paths, unusable = find_pictures(root), []
+    paths, left_out, visited, unusable = [], Counter(), set(), []
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        skip = "linked twice" if os.path.realpath(folder) in visited else ""
+        skip = "from a training run" if "checkpoint.pt" in files else skip
+        visited.add(os.path.realpath(folder))
+        subfolders[:] = [] if skip else sorted(subfolders)  # the first link is read
+        for path in (Path(folder, name) for name in files):
+            hidden = any(part[0] == "." for part in path.relative_to(root).parts)
+            kind = skip or ("hidden" if hidden else path.suffix.lower())
+            if kind in datasets.folder.IMG_EXTENSIONS and path.is_file():
+                paths.append(path)
+            else:
+                left_out[kind or "without a suffix"] += 1
+    reasons = ", ".join(f"{n} {kind}" for kind, n in left_out.items())
+    print(f"{len(paths)} pictures in {root}; left out: {reasons or 0}", flush=True)
     if len(paths) < 20:
         raise ValueError(f"--data_root {root} has {len(paths)} pictures, fewer than 20")
-    print(f"decoding {len(paths)} pictures", flush=True)
+    paths.sort()
     order = torch.randperm(len(paths), generator=seeded_generator(0))
     paths = [paths[i] for i in order]
     imgs = torch.empty(len(paths), channels or 3, img_size, img_size, dtype=torch.uint8)
@@ -461,35 +430,25 @@ def load_images(
     """Return images, uint8 N x C x S x S, and labels: to train on, then held out."""
     if dataset == "folder":
         return load_folder(data_root, img_size, channels, n_cpu)
-    if dataset == "digits":
-        splits = [*synthetic_digits(20000, img_size, seed=20000)]
-        splits += synthetic_digits(5000, img_size, seed=5000)
-    else:
-        splits = load_torchvision(dataset, data_root, img_size)
-    for i in (0, 2):
-        imgs = rgb_to_grayscale(splits[i]) if channels == 1 else splits[i]
-        splits[i] = imgs.expand(-1, channels or -1, -1, -1)
-    return splits
-
-
-def load_torchvision(dataset: str, root: str, img_size: int) -> list[Tensor]:
-    """Load one of torchvision's data sets for load_images; download it if needed."""
     name = "FashionMNIST" if dataset == "fashion-mnist" else dataset.upper()
+    files = f"{data_root}/{name}/raw" if "MNIST" in name else data_root
     splits = []
-    for split in ("train", "test") if name == "SVHN" else (True, False):
-        try:
-            data = getattr(datasets, name)(root, split, pil_to_tensor, download=True)
-            imgs = torch.stack([data[i][0] for i in range(len(data))])
-            labels = torch.as_tensor(data.labels if name == "SVHN" else data.targets)
-            if len(imgs) != len(labels):
-                raise ValueError(f"{len(imgs)} images, but {len(labels)} labels")
-        except Exception as error:  # torchvision raises many exception types
-            files = f"{root}/{name}/raw" if "MNIST" in name else root
-            text = f"the files in {files} are damaged, or missing and not downloadable"
-            raise ValueError(f"--dataset {dataset}: {text}: {error!r}") from error
-        chunks = imgs.split(max(1, 5_120_000 // img_size**2))
-        imgs = torch.cat([resize(chunk, [img_size, img_size]) for chunk in chunks])
-        splits += [imgs, labels]
+    for split, n in (("train", 20000), ("test", 5000)):
+        if dataset == "digits":
+            imgs, labels = synthetic_digits(n, img_size, seed=n)
+        else:
+            which = split if name == "SVHN" else split == "train"
+            try:
+                load = getattr(datasets, name)
+                data = load(data_root, which, pil_to_tensor, download=True)
+                labels = data.labels if name == "SVHN" else data.targets
+                n = max(len(data), len(labels))  # an IndexError if one has fewer
+                imgs = torch.stack([resize(data[i][0], [img_size]) for i in range(n)])
+            except Exception as error:  # torchvision raises many exception types
+                text = f"{files} is damaged, or missing and not downloadable: {error!r}"
+                raise ValueError(f"--dataset {dataset}: {text}") from error
+        imgs = rgb_to_grayscale(imgs) if channels == 1 else imgs
+        splits += [imgs.expand(-1, channels or -1, -1, -1), torch.as_tensor(labels)]
     return splits
 
 
@@ -516,9 +475,8 @@ def run_batched(function, x: Tensor, device: str) -> Tensor:
 
     def run(chunk: Tensor) -> Tensor:
         chunk = chunk.to(device)
-        return function(
-            chunk / 127.5 - 1 if chunk.dtype == torch.uint8 else chunk
-        ).cpu()
+        chunk = chunk / 127.5 - 1 if chunk.dtype == torch.uint8 else chunk
+        return function(chunk).cpu()
 
     values = max(x[:1].numel(), run(x[:1]).numel(), 1)
     return torch.cat([run(chunk) for chunk in x.split(max(1, 512_000 // values))])
@@ -530,12 +488,8 @@ def train_classifier(imgs: Tensor, labels: Tensor, device: str) -> nn.Sequential
         torch.manual_seed(0)
         sizes = ((imgs.shape[1], 16), (16, 32), (32, 64))
         layers = [Conv2dNormActivation(*size, stride=2) for size in sizes]
-        layers += [
-            nn.AdaptiveAvgPool2d(4),
-            nn.Flatten(),
-            nn.Linear(1024, 64),
-            nn.ReLU(),
-        ]
+        layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten()]
+        layers += [nn.Linear(1024, 64), nn.ReLU()]
         last = nn.Linear(64, int(labels.max()) + 1)
     classifier = nn.Sequential(nn.Sequential(*layers), last).to(device)
     optimizer = torch.optim.Adam(classifier.parameters(), fused=True)
@@ -580,82 +534,87 @@ def tv_bound(real_energy: Tensor, fake_energy: Tensor, margin: float) -> float:
     For densities p, q and U >= 0: p U + q max(0, m - U) >= m min(p, q) everywhere, and
     min(p, q) integrates to 1 - TV. So L_D >= m (1 - TV), for m > 0.
     """
-    loss = discriminator_loss(real_energy, fake_energy, margin).item()
-    if not math.isfinite(loss):
+    loss = discriminator_loss(real_energy, fake_energy, margin)
+    if not loss.isfinite():
         raise ValueError("tv_bound needs finite energies")
-    return max(0.0, 1 - loss / margin) if margin > 0 else 0.0
+    return max(0.0, 1 - loss.item() / margin) if margin > 0 else 0.0
 
 
-def score(opt, state: dict, held_out: Tensor, classifier: nn.Module | None) -> dict:
-    """Return tv_bound and, with a classifier, the scores of 5,000 generated images."""
+def score(opt, state: dict, data: list[Tensor], classifier) -> dict:
+    """Return tv_bound and, if there are classes, scores of 5,000 generated images."""
+    imgs, _, held_out, _ = data
     z = torch.randn(5000, opt.latent_dim, generator=seeded_generator(opt.seed, 3))
     gen_imgs = run_batched(state["averaged"], z if classifier else z[:1000], opt.device)
     discriminator = state["discriminator"].eval()
-    real_energy, fake_energy = (
+    energies = (
         run_batched(lambda x: energy(discriminator(x)[0], x, opt.energy), x, opt.device)
         for x in (held_out[:1000], gen_imgs[:1000])
     )
+    scores = {"tv_bound": tv_bound(*energies, opt.margin)}
     discriminator.train()
-    scores = {"tv_bound": tv_bound(real_energy, fake_energy, opt.margin)}
-    return scores | (evaluate(classifier, gen_imgs, held_out) if classifier else {})
+    if classifier:
+        scores |= evaluate(classifier, gen_imgs, held_out)
+        real_scores = evaluate(classifier, imgs[:5000], held_out)
+        scores |= {f"real_{name}": value for name, value in real_scores.items()}
+    return scores
 
 
 # ------------------------------------------------------------------------ checkpoints
 def save(opt, state: dict, imgs: Tensor, step: int, rows: list[dict]) -> None:
-    """Write samples, log.csv and checkpoint.pt."""
+    """Write samples, log.csv and checkpoint.pt, each replaced as a whole."""
     # batch statistics of real images alone, for the discriminator's eval mode
     chunks = imgs[:2000].tensor_split(max(4, imgs[:2000].numel() // 512_000))
     update_bn((x.to(opt.device) / 127.5 - 1 for x in chunks), state["discriminator"])
-    samples, log, checkpoint = io.BytesIO(), io.StringIO(), io.BytesIO()
     z = torch.randn(64, opt.latent_dim, generator=seeded_generator(opt.seed, 2))
-    samples_imgs = run_batched(state["averaged"], z, opt.device) / 2 + 0.5
-    save_image(samples_imgs, samples, format="png")
-    writer = csv.DictWriter(log, dict.fromkeys(name for row in rows for name in row))
-    writer.writeheader()
-    writer.writerows(rows)
+    samples = run_batched(state["averaged"], z, opt.device) / 2 + 0.5
     saved = {name: part.state_dict() for name, part in state.items()}
-    # to memory first: torch.save to a full disk is no OSError
+    checkpoint = io.BytesIO()  # since torch.save to a full disk is no OSError
     torch.save(saved | {"step": step, "rows": rows, "flags": vars(opt)}, checkpoint)
-    write(f"{opt.out_dir}/samples/{step}.png", samples.getvalue())
-    write(f"{opt.out_dir}/samples.png", samples.getvalue())
-    write(f"{opt.out_dir}/log.csv", log.getvalue().encode())
-    write(f"{opt.out_dir}/checkpoint.pt", checkpoint.getvalue())
+    with tempfile.TemporaryDirectory(dir=opt.out_dir) as folder:
+        new = Path(folder)
+        (new / "samples").mkdir()
+        save_image(samples, new / "samples.png")
+        save_image(samples, new / f"samples/{step}.png")
+        write_csv(new / "log.csv", rows)
+        (new / "checkpoint.pt").write_bytes(checkpoint.getvalue())
+        for path in new.rglob("*.*"):
+            path.replace(opt.out_dir / path.relative_to(new))
 
 
-def write(path: str, content: bytes) -> None:
-    """Replace a file as a whole: neither a crash nor a second writer can damage it."""
-    temporary = Path(f"{path}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write rows with a column for each name that any of them has."""
+    with open(path, "w", newline="") as file:
+        names = dict.fromkeys(name for row in rows for name in row)
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-def load_checkpoint(run: str) -> tuple[str, dict]:
-    """Return path and contents of a checkpoint; "" stands for the newest run's."""
-    date = "[0-9]" * 8 + "-" + "[0-9]" * 6
-    newest = max(Path("runs").glob(f"{SCRIPT}-{date}"), default=Path("runs"))
-    path = Path(run or newest).absolute()
+def load_checkpoint(run: str, state: dict) -> dict:
+    """Load a checkpoint, "" for the newest run's, into a state; return its contents."""
+    newest = max(Path("runs").glob(f"{SCRIPT}-[0-9]???????-[0-9]?????"), default="runs")
+    path = Path(os.path.abspath(run or newest))
     path = path if path.is_file() else path / "checkpoint.pt"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
-        return str(path), saved | {"flags": dict(saved["flags"])}
+        for name, part in state.items():
+            part.load_state_dict(saved[name])
+        saved["flags"] |= {"resume": str(path), "out_dir": str(path.parent)}
+        return saved
     except Exception as error:  # torch.load raises many exception types
-        raise ValueError(f"--resume: {path} is missing or no checkpoint") from error
+        raise ValueError(f"--resume: {path} is missing or incompatible") from error
 
 
 def load_run(run: str) -> tuple[nn.Module, nn.Module]:
     """Return generator and discriminator of a folder or checkpoint, in eval mode."""
-    path, saved = load_checkpoint(run)
-    flags = saved["flags"] | {"resume": path, "device": "cpu"}
+    flags = load_checkpoint(run, {})["flags"] | {"device": "cpu"}
     state, _, _ = build(argparse.Namespace(**flags))
     return state["averaged"].module.eval(), state["discriminator"].eval()
 
 
 # ------------------------------------------------------------------------------ flags
 def default_margin(opt: argparse.Namespace) -> float:
-    """The paper's 10 for MNIST by the number of values; for mse that of the listing."""
+    """The paper's 10 at 1 x 32 x 32, scaled to the image; for mse, the listing's."""
     if opt.energy == "mse":
         return max(1.0, opt.batch_size / 64)
     return 10 / 32 * (opt.channels * opt.img_size**2) ** 0.5
@@ -674,15 +633,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", allow_abbrev=False)
     parser.usage = argparse.SUPPRESS  # an error is one line
-    parser.description = """Train an Energy-Based GAN. The energy of an image is the error
-        with which the discriminator, an auto-encoder, reconstructs it; generated images
-        are pushed up to the margin and no further. Defaults are in brackets."""
+    parser.description = """Train an Energy-Based GAN. The discriminator pushes the
+        energy of generated images up to the margin. Defaults are in brackets."""
     if RANK > 0:
         parser.error = lambda message: sys.exit(2)  # the first process prints it
-    whole, share, amount = number(int, 1), number(float, 0, 1), number(float, 0)
     names = ("digits", "mnist", "fashion-mnist", "kmnist", "cifar10", "svhn", "folder")
     found = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
     device, now = found.type if found else "cpu", time.strftime("%Y%m%d-%H%M%S")
+    whole, share, amount = number(int, 1), number(float, 0, 1), number(float, 0)
     for name, kind, default, text in (
         ("n_epochs", whole, 200, "passes over the training images [200]"),
         ("batch_size", number(int, 2), 64, "images per step and process [64]"),
@@ -690,9 +648,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("lr_decay", amount, 3e-4, "the rate is lr / (1 + lr_decay * step) [0.0003]"),
         ("b1", share, 0.5, "Adam's beta1 [0.5]"),
         ("b2", share, 0.999, "Adam's beta2 [0.999]"),
-        ("n_cpu", number(int, 1, 1000), 8, "threads that decode pictures [8]"),
+        ("n_cpu", number(int, 1, 1001), 8, "threads that decode pictures [8]"),
         ("latent_dim", whole, 62, "dimension of z [62]"),
-        ("img_size", number(int, 8), 32, "height and width, a multiple of 4 [32]"),
+        ("img_size", number(int, 8, 1025), 32, "a multiple of 4 [32]"),
         ("channels", (1, 3), None, "grey or colour [as in the data]"),
         ("sample_interval", whole, 400, "steps between saves [400]"),
         ("energy", ("norm", "mse"), "norm", "norm of the error, or mean square [norm]"),
@@ -711,26 +669,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         options = {"type": kind, "choices": choices, "default": default}
         parser.add_argument(f"--{name}", **options, help=text)
     parser.add_argument("--amp", action="store_true", help="compute in bfloat16 [off]")
-    text = "a run's folder or checkpoint [this script's newest]"
+    text = "resume a run: its folder or checkpoint [the newest]"
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN", help=text)
     parser.set_defaults(script=SCRIPT, processes=WORLD_SIZE, images=None)
     opt = parser.parse_args(argv)
     try:
+        may_change = "n_epochs max_steps sample_interval data_root n_cpu device"
         if opt.resume is not None or opt.generate:
-            path, saved = load_checkpoint(opt.resume or "")
-            flags = saved["flags"] | {"out_dir": os.path.dirname(path)}
-            may_change = "resume generate n_epochs max_steps sample_interval data_root"
-            may_change += " n_cpu device images"
+            flags = load_checkpoint(opt.resume or "", {})["flags"]
             if opt.generate:
                 flags["out_dir"] += f"/generated-{now}"
-                may_change += " seed processes out_dir"
+                may_change += " seed processes out_dir generate"
             parser.set_defaults(**flags | {"script": SCRIPT, "processes": WORLD_SIZE})
             opt = parser.parse_args(argv)
-            opt.resume = path
-            for name, value in vars(opt).items():
-                if name not in may_change.split() and value != flags.get(name):
-                    text = f"{path}, which was trained with {flags.get(name)}"
-                    raise ValueError(f"--{name} {value} contradicts {text}")
+            opt.resume = flags["resume"]
+            for name in sorted(vars(opt).keys() - may_change.split()):
+                if (value := getattr(opt, name)) != flags.get(name):
+                    trained = f"{opt.resume}, which was trained with {flags.get(name)}"
+                    raise ValueError(f"--{name} {value} contradicts {trained}")
         if (opt.generate or not opt.resume) and any(Path(opt.out_dir).glob("*")):
             raise ValueError(f"--out_dir {opt.out_dir} is not a new or empty folder")
         if opt.img_size % 4:
@@ -744,28 +700,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ------------------------------------------------------------------------------- main
-
-
 def load_data(opt: argparse.Namespace) -> list[Tensor]:
     """Return load_images's tensors, and set the flags that depend on them."""
     if RANK > 0:
-        dist.barrier()  # until the first process has downloaded the data
-    if os.path.exists(opt.data_root) != os.path.isdir(opt.data_root):
+        torch.distributed.barrier()  # until the first process has downloaded the data
+    if os.path.isfile(opt.data_root):
         raise ValueError(f"--data_root {opt.data_root} is not a folder")
     opt.dataset = opt.dataset or default_dataset(opt.data_root)
     print(f"reading {opt.dataset}", flush=True)
     where = opt.dataset, opt.data_root, opt.img_size, opt.channels, opt.n_cpu
     data = load_images(*where)
-    if WORLD_SIZE > 1 and RANK == 0:
-        dist.barrier()
-    checksum = 0
-    for tensor in data:
-        checksum = zlib.crc32(np.ascontiguousarray(tensor), checksum)
-    images = f"{len(data[0])} images to train on, {len(data[2])} held out"
-    images += f" (checksum {checksum:08x})"
+    if RANK == 0 and WORLD_SIZE > 1:
+        torch.distributed.barrier()
+    images = f"{len(data[0])} training images, {len(data[2])} held out, checksum "
+    images += "-".join(f"{zlib.crc32(np.ascontiguousarray(x)):x}" for x in data)
     if opt.resume and images != opt.images:
         raise ValueError(f"--data_root: {images}; {opt.resume} had {opt.images}")
-    print(f"{images}, on {opt.device}", flush=True)
+    print(f"{images}; on {opt.device}", flush=True)
     opt.images, opt.channels = images, data[0].shape[1]
     if opt.noise is None:
         opt.noise = 0.3 if opt.energy == "norm" else 0.0
@@ -776,13 +727,12 @@ def load_data(opt: argparse.Namespace) -> list[Tensor]:
 
 def generate(opt: argparse.Namespace) -> None:
     """Write images from a run, and the first 64 of them as a grid."""
-    generator, _ = load_run(opt.resume)
+    generator = load_run(opt.resume)[0].to(opt.device)
     rng = seeded_generator(opt.seed, 4)
     z = torch.randn(opt.generate, opt.latent_dim, generator=rng)
     Path(opt.out_dir).mkdir(parents=True, exist_ok=True)
     for start in range(0, len(z), 64):
-        chunk = z[start : start + 64]
-        imgs = run_batched(generator.to(opt.device), chunk, opt.device) / 2 + 0.5
+        imgs = run_batched(generator, z[start : start + 64], opt.device) / 2 + 0.5
         if start == 0:
             save_image(imgs, f"{opt.out_dir}/grid.png")
         for i, img in enumerate(imgs, start):
@@ -803,22 +753,19 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         status, text = 130, "stopped"
         if Path(opt.out_dir, "checkpoint.pt").exists():
-            torchrun = ("torchrun", f"--nproc_per_node={WORLD_SIZE}")
-            launcher = torchrun if WORLD_SIZE > 1 else ("python",)
-            command = shlex.join([*launcher, __file__, "--resume", opt.out_dir])
-            text = f"stopped; to resume: {command}"
+            torchrun = f"torchrun --nproc_per_node={WORLD_SIZE}"
+            command = shlex.join([__file__, "--resume", opt.out_dir])
+            text += f"; to resume: {torchrun if WORLD_SIZE > 1 else 'python'} {command}"
     except (OSError, ValueError, FloatingPointError) as error:
         where = f"{opt.out_dir}: " if isinstance(error, OSError) else ""
         status, text = 2, f"error: {where}{' '.join(str(error).split())}"
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if "memory" not in repr(error).lower() and "overflow" not in str(error):
             raise
         flags = "--batch_size, --img_size, --latent_dim or --generate"
         status, text = 2, f"error: out of memory; lower {flags}"
     if RANK == 0:
-        newline = (
-            "\n" if sys.stdout.isatty() else ""
-        )  # after a line that is overwritten
+        newline = "\n" if sys.stdout.isatty() else ""  # ends an overwritten line
         print(f"{newline}{SCRIPT}.py: {text}", file=sys.stderr)
     return status
 
@@ -827,8 +774,8 @@ if __name__ == "__main__":
     socket.setdefaulttimeout(5)  # seconds for each of torchvision's two mirrors
     if WORLD_SIZE > 1:
         warnings.filterwarnings("ignore", ".*broadcast_buffers")  # renamed in new torch
-        dist.init_process_group()
-        atexit.register(dist.destroy_process_group)
+        torch.distributed.init_process_group()
+        atexit.register(torch.distributed.destroy_process_group)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if RANK > 0 or sys.stdout is None:

@@ -8,8 +8,9 @@ The discriminator is an auto-encoder; an image's energy is its reconstruction er
     L_G  = E_z[ U(G(z)) ]                                        eq. 2
     f_PT = mean over i != j of cos(S_i, S_j)^2,  S = Enc(G(z))   section 2.4
 
-Not in the paper: Enc sees x + noise while the error is taken to x (--noise 0 turns this
-off), the learning rate decays (--lr_decay 0), and a running mean of G is shown.
+Not in the paper: noise is added to the input of Enc, but not to the x that the error is
+measured against (disable with --noise 0); the learning rate decays (disable with
+--lr_decay 0); samples come from a running mean of G.
 This is the plain variant: the generator minimizes L_G; f_PT is only logged.
 
     python ebgan.py --n_epochs 200 --batch_size 64     train on MNIST or built-in digits
@@ -63,12 +64,12 @@ def energy(recon: Tensor, imgs: Tensor, kind: str = "norm") -> Tensor:
 def discriminator_loss(
     real_energy: Tensor, fake_energy: Tensor, margin: float
 ) -> Tensor:
-    """L_D (eq. 1) from the energies, N each, of real and of generated images."""
+    """L_D (eq. 1), a scalar, from the energies of real and of generated images."""
     return real_energy.mean() + (margin - fake_energy).clamp(min=0).mean()
 
 
 def pullaway_loss(embedding: Tensor) -> Tensor:
-    """f_PT (section 2.4): mean squared cosine of pairs i != j, N x E -> [0, 1]."""
+    """f_PT (section 2.4) of N x E embeddings: mean squared cosine over i != j."""
     n = len(embedding)
     with torch.autocast(embedding.device.type, enabled=False):  # never in bfloat16
         dtype = torch.promote_types(embedding.dtype, torch.float32)
@@ -81,14 +82,14 @@ def pullaway_loss(embedding: Tensor) -> Tensor:
 class UpsampleConv2d(nn.Conv2d):
     """Nearest x2 upsampling, then a 3x3 convolution: N x C x H x W -> N x C' x 2H x 2W.
 
-    Computed as one transposed 4x4 convolution: 4 products per output value, not 9.
+    As one transposed 4x4 convolution, this takes 4 multiplications instead of 9.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # sum the taps that meet the same pixel; ONNX export drops divisor_override=1
+        # sum the taps that hit the same pixel; ONNX export ignores divisor_override=1
         sums = 4 * F.avg_pool2d(self.weight, 2, stride=1, padding=1)
         kernel = sums.flip(2, 3).transpose(0, 1)
         out = F.conv_transpose2d(x, kernel, stride=2, padding=1)
@@ -96,7 +97,7 @@ class UpsampleConv2d(nn.Conv2d):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Draw the weights of convolutions and of BatchNorm2d as DCGAN does."""
+    """Initialize the weights of Conv2d and BatchNorm2d as DCGAN does."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -106,7 +107,7 @@ def init_weights(module: nn.Module) -> None:
 class Generator(nn.Module):
     """G: z, N x latent_dim -> images, N x C x S x S in [-1, 1]; S is a multiple of 4.
 
-    eps=0.8 is that of the widely used listing. Needs UpsampleConv2d and init_weights.
+    eps=0.8 is as in PyTorch-GAN. Needs UpsampleConv2d and init_weights.
     """
 
     def __init__(self, img_size: int = 32, channels: int = 1, latent_dim: int = 62):
@@ -138,7 +139,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """D: images, N x C x S x S -> reconstruction, N x C x S x S, and embedding, N x 32.
 
-    S is a multiple of 4. Needs UpsampleConv2d and init_weights.
+    S is a multiple of 4, as in the generator. Needs UpsampleConv2d and init_weights.
     """
 
     def __init__(self, img_size: int = 32, channels: int = 1):
@@ -183,7 +184,8 @@ def train_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Update the discriminator, then the generator (either may be wrapped in DDP).
 
-    noise is added to the discriminator's inputs; amp runs the networks in bfloat16.
+    Images are in [-1, 1]; noise (of their shape, or 0) is added to those that D sees;
+    amp runs the networks in bfloat16. Needs energy and discriminator_loss.
     Return the energies of real and generated images and the embedding of the latter.
     """
     autocast = torch.autocast(real_imgs.device.type, torch.bfloat16, enabled=amp)
@@ -201,58 +203,59 @@ def train_step(
     loss_d.backward()
     optimizer_d.step()
 
-    # generator: low energy for its images, by a gradient through recon and gen_imgs
-    unwrapped = getattr(discriminator, "module", discriminator)  # DDP awaits gradients
+    # generator: low energy for its images; gradients flow through recon and gen_imgs
+    unwrapped = getattr(discriminator, "module", discriminator)  # DDP would synchronize
     with autocast:
         recon, embedding = unwrapped(gen_imgs + noise)
     loss_g = energy(recon, gen_imgs, kind).mean()
     optimizer_g.zero_grad()
-    loss_g.backward(inputs=list(generator.parameters()))
+    loss_g.backward(inputs=list(generator.parameters()))  # and not the discriminator's
     optimizer_g.step()
     return real_energy.detach(), fake_energy.detach(), embedding.detach()
 
 
 # --------------------------------------------------------------------------- training
 def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
-    """Train as the flags say on the tensors of load_images; return the last log row."""
+    """Train on the tensors from load_images; return the last log row (rank 0)."""
     # setup
-    imgs, labels, _, _ = data
+    imgs, labels, held_out, _ = data
     global_batch = opt.batch_size * WORLD_SIZE
     epoch_steps = len(imgs) // global_batch  # full batches only
     total = min(opt.n_epochs * epoch_steps, opt.max_steps or sys.maxsize)
-    if total == 0:
-        text = f"only {len(imgs)} training images; a tenth of a folder is held out"
-        raise ValueError(f"--batch_size {opt.batch_size}: {text}")
+    if epoch_steps == 0:
+        have = f"{len(imgs)} training images ({len(held_out)} are held out)"
+        raise ValueError(f"--batch_size {opt.batch_size} exceeds the {have}")
     state, start, rows = build(opt)
     generator, averaged, discriminator, *optimizers = state.values()
     unscored = rows and rows[-1].get("tv_bound", 0) is None  # stopped while scoring
     if start >= total and not unscored:
-        text = "raise --n_epochs or --max_steps to continue"
-        print(f"nothing to do: {opt.out_dir} has {start} steps; {text}", flush=True)
+        hint = "to continue, raise --n_epochs or --max_steps"
+        print(f"nothing to do: {opt.out_dir} has {start} steps; {hint}", flush=True)
         return rows[-1]
     if RANK == 0:
         Path(opt.out_dir, "samples").mkdir(parents=True, exist_ok=bool(opt.resume))
         save(opt, state, imgs, start, rows)  # from here on the run can be resumed
         print("preparing the scores", flush=True)
-        classifier = labels.max() > 0 and train_classifier(imgs, labels, opt.device)
+        classes = labels.max() > 0
+        classifier = train_classifier(imgs, labels, opt.device) if classes else None
         if unscored:
-            rows[-1] |= score(opt, state, data, classifier)
+            rows[-1] |= score_run(opt, state, data, classifier)
             save(opt, state, imgs, start, rows)
     networks = generator, discriminator
     if WORLD_SIZE > 1:
-        # find_unused_parameters: otherwise DDP regroups the gradients after its first
-        # step, and a resumed run adds them up in another order
+        # without find_unused_parameters DDP regroups gradients after its first step,
+        # and a resumed run would sum them in another order
         ddp = {"broadcast_buffers": False, "find_unused_parameters": True}
         networks = [nn.parallel.DistributedDataParallel(net, **ddp) for net in networks]
     options = opt.margin, opt.energy, opt.amp
-    # scores come at the ends of epochs, but hardly more often than saves
+    # score at ends of epochs, but hardly more often than every sample_interval steps
     score_interval = max(1, round(opt.sample_interval / epoch_steps)) * epoch_steps
     print(f"training from step {start} to {total} in {opt.out_dir}", flush=True)
-    began = timed = time.perf_counter()
-    timed_step = start
+    start_time = log_time = time.perf_counter()
+    log_step = start
 
     for step in range(start + 1, total + 1):
-        # data: each draw depends on seed and step alone, so that a run resumes exactly
+        # data: draws depend only on seed, step and rank, so that runs resume exactly
         epoch, i = divmod(step - 1, epoch_steps)
         if i == 0 or step == start + 1:
             rng = seeded_generator(opt.seed, 0, epoch)
@@ -270,7 +273,7 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
         )
         averaged.update_parameters(generator)
 
-        # log: not at every step, since reading a value waits for the device
+        # log: not at every step, since .item() waits for the device
         scoring = step == total or step % score_interval == 0
         saving = scoring or step % opt.sample_interval == 0 or step in (50, 100, 200)
         if RANK > 0 or not (saving or step % 20 == 0):
@@ -282,34 +285,31 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
         row["fake_energy"] = fake_energy.mean().item()
         row["hinge_active"] = (fake_energy < opt.margin).float().mean().item()
         row["pullaway"] = pullaway_loss(embedding).item()
-        seconds = time.perf_counter() - timed
-        row["images_per_s"] = (step - timed_step) * global_batch / seconds
+        seconds = time.perf_counter() - log_time
+        row["images_per_s"] = (step - log_step) * global_batch / seconds
         rows.append(row)
 
-        # save
+        # save, then score, which takes the most memory
         if scoring:
-            row["tv_bound"] = None  # not yet
+            row["tv_bound"] = None  # until it is scored
         if saving:
             save(opt, state, imgs, step, rows)
-
-        # score: after the save, since it takes the most memory
         if scoring:
-            row |= score(opt, state, data, classifier)
+            row |= score_run(opt, state, data, classifier)
             save(opt, state, imgs, step, rows)
-        timed_step, timed = step, time.perf_counter()
-        if saving or sys.stdout.isatty():
-            minutes_left = (timed - began) / (step - start) * (total - step) / 60
-            line = " ".join(f"{name} {value:.5g}" for name, value in row.items())
-            line = f"{minutes_left:.0f} min left, {line}"
-            # on a terminal, lines between saves overwrite each other
+        log_step, log_time = step, time.perf_counter()
+        if saving or sys.stdout.isatty():  # there, lines between saves are overwritten
+            minutes = (log_time - start_time) / (step - start) * (total - step) / 60
+            values = " ".join(f"{name} {value:.5g}" for name, value in row.items())
+            line = f"{minutes:.0f} min left, {values}"
             print(line + "\n" if saving else f"{line[:79]:79}\r", end="", flush=True)
     return rows[-1] if rows else {}
 
 
 def build(opt: argparse.Namespace) -> tuple[dict, int, list[dict]]:
-    """Return networks and optimizers by name, step, log: new ones or a checkpoint's."""
+    """Return networks and optimizers by name, step and log rows, new or resumed."""
     with torch.random.fork_rng(devices=[]):  # leaves the caller's RNG state alone
-        torch.manual_seed(opt.seed)
+        torch.default_generator.manual_seed(opt.seed)
         generator = Generator(opt.img_size, opt.channels, opt.latent_dim).to(opt.device)
         discriminator = Discriminator(opt.img_size, opt.channels).to(opt.device)
     averaged = AveragedModel(generator, avg_fn=running_mean, use_buffers=True).eval()
@@ -323,13 +323,13 @@ def build(opt: argparse.Namespace) -> tuple[dict, int, list[dict]]:
 
 
 def running_mean(mean: Tensor, new: Tensor, n: Tensor) -> Tensor:
-    """Move a mean of n weights towards a new one by 9 / (10 + n), but by >= 0.001."""
+    """Move a mean, after n updates, towards a new value by 9 / (10 + n), >= 0.001."""
     return mean + (new - mean) * (9 / (10 + n)).clamp(min=0.001)
 
 
 # ------------------------------------------------------------------------------- data
 def seeded_generator(*key: int) -> torch.Generator:
-    """Return a random number generator for a key such as (seed, purpose, step)."""
+    """Return a generator for a key: seed, a number for the purpose, step, rank."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed) >> 1)
 
@@ -364,9 +364,9 @@ def synthetic_digits(n: int, img_size: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def load_picture(path: str | Path, img_size: int, channels: int = 3) -> Tensor:
-    """Return an upright picture cropped to a square, uint8 C x S x S, or ValueError.
+    """Load a picture upright, cropped to a square, as uint8 C x S x S, grey or RGB.
 
-    Grey (1 channel) or RGB (3); transparent pixels become white.
+    Transparent pixels become white. Raise ValueError if the picture is unusable.
     """
     try:
         img = Image.open(path)
@@ -388,16 +388,16 @@ def load_folder(root: str, img_size: int, channels: int | None, n_cpu: int) -> l
         skip = "linked twice" if os.path.realpath(folder) in visited else ""
         skip = "from a training run" if "checkpoint.pt" in files else skip
         visited.add(os.path.realpath(folder))
-        subfolders[:] = [] if skip else sorted(subfolders)  # the first link is read
+        subfolders[:] = [] if skip else sorted(subfolders)  # and the first link is read
         for path in (Path(folder, name) for name in files):
             hidden = any(part[0] == "." for part in path.relative_to(root).parts)
-            kind = skip or ("hidden" if hidden else path.suffix.lower())
-            if kind in datasets.folder.IMG_EXTENSIONS and path.is_file():
+            reason = skip or ("hidden" if hidden else path.suffix.lower())
+            if reason in datasets.folder.IMG_EXTENSIONS and path.is_file():
                 paths.append(path)
             else:
-                left_out[kind or "without a suffix"] += 1
-    reasons = ", ".join(f"{n} {kind}" for kind, n in left_out.items())
-    print(f"{len(paths)} pictures in {root}; left out: {reasons or 0}", flush=True)
+                left_out[reason or "without a suffix"] += 1
+    reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items())
+    print(f"{len(paths)} pictures in {root}; left out: {reasons or 'none'}", flush=True)
     if len(paths) < 20:
         raise ValueError(f"--data_root {root} has {len(paths)} pictures, fewer than 20")
     paths.sort()
@@ -405,17 +405,17 @@ def load_folder(root: str, img_size: int, channels: int | None, n_cpu: int) -> l
     paths = [paths[i] for i in order]
     imgs = torch.empty(len(paths), channels or 3, img_size, img_size, dtype=torch.uint8)
 
-    def load(i: int) -> None:
+    def load_into(i: int) -> None:
         try:
             imgs[i] = load_picture(paths[i], img_size, channels or 3)
         except ValueError as error:
             unusable.append(str(error))
 
     with ThreadPool(n_cpu) as pool:
-        pool.map(load, range(len(paths)))
+        pool.map(load_into, range(len(paths)))
     if unusable:
-        some = "; ".join(sorted(unusable)[:3])
-        raise ValueError(f"--data_root: {len(unusable)} pictures are unusable: {some}")
+        first = "; ".join(sorted(unusable)[:3])
+        raise ValueError(f"--data_root: {len(unusable)} pictures are unusable: {first}")
     if channels is None and (imgs == imgs[:, :1]).all():
         imgs = imgs[:, :1].clone()  # all are grey
     classes = sorted({path.parent for path in paths})
@@ -427,7 +427,10 @@ def load_folder(root: str, img_size: int, channels: int | None, n_cpu: int) -> l
 def load_images(
     dataset: str, data_root: str, img_size: int, channels: int | None, n_cpu: int
 ) -> list[Tensor]:
-    """Return images, uint8 N x C x S x S, and labels: to train on, then held out."""
+    """Return training images, uint8 N x C x S x S, labels N; the same of held-out ones.
+
+    Raise ValueError if files are damaged, or missing and not downloadable.
+    """
     if dataset == "folder":
         return load_folder(data_root, img_size, channels, n_cpu)
     name = "FashionMNIST" if dataset == "fashion-mnist" else dataset.upper()
@@ -442,7 +445,7 @@ def load_images(
                 load = getattr(datasets, name)
                 data = load(data_root, which, pil_to_tensor, download=True)
                 labels = data.labels if name == "SVHN" else data.targets
-                n = max(len(data), len(labels))  # an IndexError if one has fewer
+                n = max(len(data), len(labels))  # raises IndexError if one is cut short
                 imgs = torch.stack([resize(data[i][0], [img_size]) for i in range(n)])
             except Exception as error:  # torchvision raises many exception types
                 text = f"{files} is damaged, or missing and not downloadable: {error!r}"
@@ -471,21 +474,24 @@ def default_dataset(data_root: str) -> str:
 # ----------------------------------------------------------------------------- scores
 @torch.no_grad()
 def run_batched(function, x: Tensor, device: str) -> Tensor:
-    """Return function(x) in chunks that save memory; uint8 images become [-1, 1]."""
+    """Apply function to x in small chunks; uint8 images are scaled to [-1, 1] first."""
 
     def run(chunk: Tensor) -> Tensor:
         chunk = chunk.to(device)
         chunk = chunk / 127.5 - 1 if chunk.dtype == torch.uint8 else chunk
         return function(chunk).cpu()
 
-    values = max(x[:1].numel(), run(x[:1]).numel(), 1)
-    return torch.cat([run(chunk) for chunk in x.split(max(1, 512_000 // values))])
+    size = max(x[:1].numel(), run(x[:1]).numel(), 1)  # of one input or output
+    return torch.cat([run(chunk) for chunk in x.split(max(1, 512_000 // size))])
 
 
 def train_classifier(imgs: Tensor, labels: Tensor, device: str) -> nn.Sequential:
-    """Fit a small network to uint8 images: net(x) are logits, net[0](x) features."""
+    """Fit net to uint8 images: net(x) are logits, net[0](x) features.
+
+    Needs seeded_generator.
+    """
     with torch.random.fork_rng(devices=[]):  # leaves the caller's RNG state alone
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         sizes = ((imgs.shape[1], 16), (16, 32), (32, 64))
         layers = [Conv2dNormActivation(*size, stride=2) for size in sizes]
         layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten()]
@@ -508,7 +514,8 @@ def evaluate(classifier: nn.Sequential, imgs: Tensor, real: Tensor) -> dict[str,
     """Score images against real ones, in [-1, 1] or uint8, at least 2 of each.
 
     score: I' of the paper, E_x KL(p(y) || p(y|x)), higher is better; frechet: distance
-    of the features, lower is better; classes: those that at least 1 % of imgs are in.
+    of the features, lower is better; classes: those predicted for at least 1 %.
+    Raise ValueError if images are too few or not finite. Needs run_batched.
     """
     device = next(classifier.parameters()).device
     features = run_batched(classifier[0], imgs, device)
@@ -520,7 +527,7 @@ def evaluate(classifier: nn.Sequential, imgs: Tensor, real: Tensor) -> dict[str,
     features = features.double()
     shift = (features.mean(0) - real_features.mean(0)).square().sum()
     cov, real_cov = features.T.cov(), real_features.T.cov()
-    if not (cov + real_cov).isfinite().all():  # nor is that of fewer than 2
+    if not (cov + real_cov).isfinite().all():  # the covariance of one image is NaN
         raise ValueError("evaluate needs at least 2 images of each kind, all finite")
     roots = torch.linalg.eigvals(cov @ real_cov).real.clamp(min=0).sqrt()
     frechet = shift + cov.trace() + real_cov.trace() - 2 * roots.sum()
@@ -529,10 +536,10 @@ def evaluate(classifier: nn.Sequential, imgs: Tensor, real: Tensor) -> dict[str,
 
 
 def tv_bound(real_energy: Tensor, fake_energy: Tensor, margin: float) -> float:
-    """1 - L_D / margin, at least 0: a lower bound of TV(data, generator), in [0, 1].
+    """Estimate a lower bound on TV(data, generator): 1 - L_D / margin, at least 0.
 
     For densities p, q and U >= 0: p U + q max(0, m - U) >= m min(p, q) everywhere, and
-    min(p, q) integrates to 1 - TV. So L_D >= m (1 - TV), for m > 0.
+    min(p, q) integrates to 1 - TV. So L_D >= m (1 - TV). Needs discriminator_loss.
     """
     loss = discriminator_loss(real_energy, fake_energy, margin)
     if not loss.isfinite():
@@ -540,18 +547,23 @@ def tv_bound(real_energy: Tensor, fake_energy: Tensor, margin: float) -> float:
     return max(0.0, 1 - loss.item() / margin) if margin > 0 else 0.0
 
 
-def score(opt, state: dict, data: list[Tensor], classifier) -> dict:
-    """Return tv_bound and, if there are classes, scores of 5,000 generated images."""
+def score_run(opt, state: dict, data: list[Tensor], classifier) -> dict[str, float]:
+    """Return tv_bound and, with a classifier, scores of generated and of real images.
+
+    The discriminator has the batch statistics that save sets.
+    """
     imgs, _, held_out, _ = data
     z = torch.randn(5000, opt.latent_dim, generator=seeded_generator(opt.seed, 3))
     gen_imgs = run_batched(state["averaged"], z if classifier else z[:1000], opt.device)
     discriminator = state["discriminator"].eval()
-    energies = (
-        run_batched(lambda x: energy(discriminator(x)[0], x, opt.energy), x, opt.device)
-        for x in (held_out[:1000], gen_imgs[:1000])
-    )
-    scores = {"tv_bound": tv_bound(*energies, opt.margin)}
+
+    def image_energy(x: Tensor) -> Tensor:
+        return energy(discriminator(x)[0], x, opt.energy)
+
+    real_energy = run_batched(image_energy, held_out[:1000], opt.device)
+    fake_energy = run_batched(image_energy, gen_imgs[:1000], opt.device)
     discriminator.train()
+    scores = {"tv_bound": tv_bound(real_energy, fake_energy, opt.margin)}
     if classifier:
         scores |= evaluate(classifier, gen_imgs, held_out)
         real_scores = evaluate(classifier, imgs[:5000], held_out)
@@ -561,14 +573,14 @@ def score(opt, state: dict, data: list[Tensor], classifier) -> dict:
 
 # ------------------------------------------------------------------------ checkpoints
 def save(opt, state: dict, imgs: Tensor, step: int, rows: list[dict]) -> None:
-    """Write samples, log.csv and checkpoint.pt, each replaced as a whole."""
-    # batch statistics of real images alone, for the discriminator's eval mode
+    """Replace samples, log.csv and checkpoint.pt, each file atomically."""
+    # for the discriminator's eval mode: batch statistics of real images alone
     chunks = imgs[:2000].tensor_split(max(4, imgs[:2000].numel() // 512_000))
     update_bn((x.to(opt.device) / 127.5 - 1 for x in chunks), state["discriminator"])
     z = torch.randn(64, opt.latent_dim, generator=seeded_generator(opt.seed, 2))
     samples = run_batched(state["averaged"], z, opt.device) / 2 + 0.5
     saved = {name: part.state_dict() for name, part in state.items()}
-    checkpoint = io.BytesIO()  # since torch.save to a full disk is no OSError
+    checkpoint = io.BytesIO()  # torch.save raises no OSError on a full disk
     torch.save(saved | {"step": step, "rows": rows, "flags": vars(opt)}, checkpoint)
     with tempfile.TemporaryDirectory(dir=opt.out_dir) as folder:
         new = Path(folder)
@@ -582,7 +594,7 @@ def save(opt, state: dict, imgs: Tensor, step: int, rows: list[dict]) -> None:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows with a column for each name that any of them has."""
+    """Write a log or table, with a column for every name in any row."""
     with open(path, "w", newline="") as file:
         names = dict.fromkeys(name for row in rows for name in row)
         writer = csv.DictWriter(file, names)
@@ -591,22 +603,27 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def load_checkpoint(run: str, state: dict) -> dict:
-    """Load a checkpoint, "" for the newest run's, into a state; return its contents."""
+    """Load a checkpoint ("" for the newest run's) into state; return its contents."""
     newest = max(Path("runs").glob(f"{SCRIPT}-[0-9]???????-[0-9]?????"), default="runs")
     path = Path(os.path.abspath(run or newest))
     path = path if path.is_file() else path / "checkpoint.pt"
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+        saved = torch.load(
+            path, map_location="cpu", weights_only=True
+        )  # executes no code
         for name, part in state.items():
             part.load_state_dict(saved[name])
         saved["flags"] |= {"resume": str(path), "out_dir": str(path.parent)}
         return saved
     except Exception as error:  # torch.load raises many exception types
-        raise ValueError(f"--resume: {path} is missing or incompatible") from error
+        raise ValueError(f"{path} is missing or incompatible") from error
 
 
 def load_run(run: str) -> tuple[nn.Module, nn.Module]:
-    """Return generator and discriminator of a folder or checkpoint, in eval mode."""
+    """Load generator (averaged) and discriminator, on the CPU in eval mode.
+
+    run: a folder or checkpoint; ValueError if it is missing or incompatible.
+    """
     flags = load_checkpoint(run, {})["flags"] | {"device": "cpu"}
     state, _, _ = build(argparse.Namespace(**flags))
     return state["averaged"].module.eval(), state["discriminator"].eval()
@@ -614,14 +631,14 @@ def load_run(run: str) -> tuple[nn.Module, nn.Module]:
 
 # ------------------------------------------------------------------------------ flags
 def default_margin(opt: argparse.Namespace) -> float:
-    """The paper's 10 at 1 x 32 x 32, scaled to the image; for mse, the listing's."""
+    """Return the paper's 10, scaled to the image size, or for mse PyTorch-GAN's."""
     if opt.energy == "mse":
         return max(1.0, opt.batch_size / 64)
     return 10 / 32 * (opt.channels * opt.img_size**2) ** 0.5
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse and check the flags; a bad one is one line on stderr and exit status 2."""
+    """Parse and check the flags; on an error print one line and exit with status 2."""
 
     def number(kind: type, low: float, high: float = 2**31):
         def number(text: str) -> float:
@@ -633,36 +650,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", allow_abbrev=False)
     parser.usage = argparse.SUPPRESS  # an error is one line
-    parser.description = """Train an Energy-Based GAN. The discriminator pushes the
-        energy of generated images up to the margin. Defaults are in brackets."""
+    parser.description = "Train an Energy-Based GAN. Defaults are in brackets."
     if RANK > 0:
-        parser.error = lambda message: sys.exit(2)  # the first process prints it
+        parser.error = lambda message: sys.exit(2)  # rank 0 prints it
     names = ("digits", "mnist", "fashion-mnist", "kmnist", "cifar10", "svhn", "folder")
-    found = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
-    device, now = found.type if found else "cpu", time.strftime("%Y%m%d-%H%M%S")
-    whole, share, amount = number(int, 1), number(float, 0, 1), number(float, 0)
+    has_accelerator = torch.accelerator.is_available()
+    best = torch.accelerator.current_accelerator().type if has_accelerator else "cpu"
+    date = time.strftime("%Y%m%d-%H%M%S")
+    margin = "energy up to which generated images are pushed, and no further [norm: 10"
+    margin += (
+        " at 1 x 32 x 32, scaled to other sizes; mse: 1, or batch_size / 64 above]"
+    )
+    positive, fraction, amount = number(int, 1), number(float, 0, 1), number(float, 0)
     for name, kind, default, text in (
-        ("n_epochs", whole, 200, "passes over the training images [200]"),
+        ("n_epochs", positive, 200, "passes over the training images [200]"),
         ("batch_size", number(int, 2), 64, "images per step and process [64]"),
         ("lr", number(float, 1e-12), 2e-3, "Adam's learning rate [0.002]"),
         ("lr_decay", amount, 3e-4, "the rate is lr / (1 + lr_decay * step) [0.0003]"),
-        ("b1", share, 0.5, "Adam's beta1 [0.5]"),
-        ("b2", share, 0.999, "Adam's beta2 [0.999]"),
-        ("n_cpu", number(int, 1, 1001), 8, "threads that decode pictures [8]"),
-        ("latent_dim", whole, 62, "dimension of z [62]"),
-        ("img_size", number(int, 8, 1025), 32, "a multiple of 4 [32]"),
+        ("b1", fraction, 0.5, "Adam's beta1 [0.5]"),
+        ("b2", fraction, 0.999, "Adam's beta2 [0.999]"),
+        ("n_cpu", number(int, 1, 1001), 8, "threads for decoding pictures [8]"),
+        ("latent_dim", positive, 62, "dimension of z [62]"),
+        ("img_size", number(int, 8, 1025), 32, "height = width, divisible by 4 [32]"),
         ("channels", (1, 3), None, "grey or colour [as in the data]"),
-        ("sample_interval", whole, 400, "steps between saves [400]"),
+        ("sample_interval", positive, 400, "steps between checkpoints [400]"),
         ("energy", ("norm", "mse"), "norm", "norm of the error, or mean square [norm]"),
-        ("margin", amount, None, "[norm: 10 at 1 x 32 x 32; mse: 1 at batch size 64]"),
-        ("noise", amount, None, "of the discriminator's input [norm: 0.3; mse: 0]"),
-        ("dataset", names, None, "[mnist if on disk or downloadable, else digits]"),
+        ("margin", amount, None, margin),
+        ("noise", amount, None, "of the discriminator's input, sd [norm: 0.3; mse: 0]"),
+        ("dataset", names, None, "training data [mnist if on disk or downloadable]"),
         ("data_root", os.path.abspath, "data", "folder of data or pictures [data]"),
-        ("out_dir", os.path.abspath, f"runs/{SCRIPT}-{now}", "a new folder [in runs]"),
+        ("out_dir", os.path.abspath, f"runs/{SCRIPT}-{date}", "a new folder [in runs]"),
         ("seed", number(int, 0), 0, "random seed [0]"),
-        ("device", str, device, "such as cpu or cuda:1 [an accelerator, else cpu]"),
-        ("max_steps", whole, None, "stop after this many steps [no limit]"),
-        ("generate", whole, None, "write this many images from a run, and stop"),
+        ("device", str, best, "such as cpu or cuda:1 [an accelerator, else cpu]"),
+        ("max_steps", positive, None, "stop after this many steps [no limit]"),
+        ("generate", positive, None, "write this many images from a run and exit"),
     ):
         choices = kind if isinstance(kind, tuple) else None
         kind = type(kind[0]) if choices else kind
@@ -678,15 +699,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if opt.resume is not None or opt.generate:
             flags = load_checkpoint(opt.resume or "", {})["flags"]
             if opt.generate:
-                flags["out_dir"] += f"/generated-{now}"
+                flags["out_dir"] += f"/generated-{date}"
                 may_change += " seed processes out_dir generate"
             parser.set_defaults(**flags | {"script": SCRIPT, "processes": WORLD_SIZE})
             opt = parser.parse_args(argv)
             opt.resume = flags["resume"]
+            if flags["script"] != SCRIPT:
+                raise ValueError(f"{opt.resume} is from {flags['script']}.py")
             for name in sorted(vars(opt).keys() - may_change.split()):
                 if (value := getattr(opt, name)) != flags.get(name):
                     trained = f"{opt.resume}, which was trained with {flags.get(name)}"
-                    raise ValueError(f"--{name} {value} contradicts {trained}")
+                    raise ValueError(f"{name} {value} contradicts {trained}")
         if (opt.generate or not opt.resume) and any(Path(opt.out_dir).glob("*")):
             raise ValueError(f"--out_dir {opt.out_dir} is not a new or empty folder")
         if opt.img_size % 4:
@@ -703,13 +726,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def load_data(opt: argparse.Namespace) -> list[Tensor]:
     """Return load_images's tensors, and set the flags that depend on them."""
     if RANK > 0:
-        torch.distributed.barrier()  # until the first process has downloaded the data
+        torch.distributed.barrier()  # wait until rank 0 has downloaded the data
     if os.path.isfile(opt.data_root):
         raise ValueError(f"--data_root {opt.data_root} is not a folder")
     opt.dataset = opt.dataset or default_dataset(opt.data_root)
     print(f"reading {opt.dataset}", flush=True)
-    where = opt.dataset, opt.data_root, opt.img_size, opt.channels, opt.n_cpu
-    data = load_images(*where)
+    source = opt.dataset, opt.data_root, opt.img_size, opt.channels, opt.n_cpu
+    data = load_images(*source)
     if RANK == 0 and WORLD_SIZE > 1:
         torch.distributed.barrier()
     images = f"{len(data[0])} training images, {len(data[2])} held out, checksum "
@@ -745,9 +768,9 @@ def main(argv: list[str] | None = None) -> int:
     opt = parse_args(argv)
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            if opt.generate:
+            if opt.generate and RANK == 0:
                 generate(opt)
-            else:
+            elif not opt.generate:
                 train(opt, load_data(opt))
         return 0
     except KeyboardInterrupt:
@@ -779,7 +802,7 @@ if __name__ == "__main__":
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if RANK > 0 or sys.stdout is None:
-        sys.stdout = io.StringIO()  # the first process prints
+        sys.stdout = io.StringIO()  # only rank 0 prints
     if sys.platform == "linux":
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit quietly under `| head`
     sys.exit(main())

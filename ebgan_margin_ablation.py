@@ -235,7 +235,9 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
         print(f"nothing to do: {opt.out_dir} has {start} steps; {hint}", flush=True)
         return rows[-1]
     if RANK == 0:
-        Path(opt.out_dir, "samples").mkdir(parents=True, exist_ok=bool(opt.resume))
+        if not opt.resume and Path(opt.out_dir, "checkpoint.pt").exists():
+            raise ValueError(f"--out_dir {opt.out_dir}: another run has begun there")
+        Path(opt.out_dir, "samples").mkdir(parents=True, exist_ok=True)
         save(opt, state, imgs, start, rows)  # from here on the run can be resumed
         print("preparing the scores", flush=True)
         classes = labels.max() > 0
@@ -388,7 +390,8 @@ def load_folder(root: str, img_size: int, channels: int | None, n_cpu: int) -> l
     paths, left_out, visited, unusable = [], Counter(), set(), []
     for folder, subfolders, files in os.walk(root, followlinks=True):
         skip = "linked twice" if os.path.realpath(folder) in visited else ""
-        skip = "from a training run" if "checkpoint.pt" in files else skip
+        if {"checkpoint.pt", "generated_from.txt"} & set(files):
+            skip = "from a training run"
         visited.add(os.path.realpath(folder))
         subfolders[:] = [] if skip else sorted(subfolders)  # and the first link is read
         for path in (Path(folder, name) for name in files):
@@ -411,13 +414,14 @@ def load_folder(root: str, img_size: int, channels: int | None, n_cpu: int) -> l
         try:
             imgs[i] = load_picture(paths[i], img_size, channels or 3)
         except ValueError as error:
-            unusable.append(str(error))
+            unusable.append(error)
 
     with ThreadPool(n_cpu) as pool:
         pool.map(load_into, range(len(paths)))
     if unusable:
-        first = "; ".join(sorted(unusable)[:3])
-        raise ValueError(f"--data_root: {len(unusable)} pictures are unusable: {first}")
+        first = "; ".join(sorted(map(str, unusable))[:3])
+        text = f"--data_root: {len(unusable)} pictures are unusable: {first}"
+        raise ValueError(text) from unusable[0]
     if channels is None and (imgs == imgs[:, :1]).all():
         imgs = imgs[:, :1].clone()  # all are grey
     classes = sorted({path.parent for path in paths})
@@ -462,7 +466,7 @@ def default_dataset(data_root: str) -> str:
     root, suffixes = Path(data_root), datasets.folder.IMG_EXTENSIONS
     if any(root.glob("MNIST/raw/*ubyte*")):
         return "mnist"
-    if any(x.suffix.lower() in suffixes for x in [*root.glob("*"), *root.glob("*/*")]):
+    if any(path.suffix.lower() in suffixes for path in root.rglob("*")):
         raise ValueError(f"--data_root {root} holds pictures: add --dataset folder")
     print(f"MNIST is not in {root}: downloading it", flush=True)
     try:
@@ -528,9 +532,10 @@ def evaluate(classifier: nn.Sequential, imgs: Tensor, real: Tensor) -> dict[str,
     real_features = run_batched(classifier[0], real, device).double()
     features = features.double()
     shift = (features.mean(0) - real_features.mean(0)).square().sum()
-    cov, real_cov = features.T.cov(), real_features.T.cov()
-    if not (cov + real_cov).isfinite().all():  # the covariance of one image is NaN
+    finite = (features.sum() + real_features.sum()).isfinite()
+    if min(len(imgs), len(real)) < 2 or not finite:
         raise ValueError("evaluate needs at least 2 images of each kind, all finite")
+    cov, real_cov = features.T.cov(), real_features.T.cov()
     roots = torch.linalg.eigvals(cov @ real_cov).real.clamp(min=0).sqrt()
     frechet = shift + cov.trace() + real_cov.trace() - 2 * roots.sum()
     classes = (log_probs.argmax(1).bincount() >= 0.01 * len(imgs)).sum()
@@ -544,7 +549,7 @@ def tv_bound(real_energy: Tensor, fake_energy: Tensor, margin: float) -> float:
     min(p, q) integrates to 1 - TV. So L_D >= m (1 - TV). Needs discriminator_loss.
     """
     loss = discriminator_loss(real_energy, fake_energy, margin)
-    if not loss.isfinite():
+    if not (loss + fake_energy.sum()).isfinite():
         raise ValueError("tv_bound needs finite energies")
     return max(0.0, 1 - loss.item() / margin) if margin > 0 else 0.0
 
@@ -565,6 +570,8 @@ def score_run(opt, state: dict, data: list[Tensor], classifier) -> dict[str, flo
     real_energy = run_batched(image_energy, held_out[:1000], opt.device)
     fake_energy = run_batched(image_energy, gen_imgs[:1000], opt.device)
     discriminator.train()
+    if not (real_energy.sum() + fake_energy.sum()).isfinite():
+        raise FloatingPointError("energies not finite: lower --lr")
     scores = {"tv_bound": tv_bound(real_energy, fake_energy, opt.margin)}
     if classifier:
         scores |= evaluate(classifier, gen_imgs, held_out)
@@ -671,7 +678,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("lr_decay", amount, 3e-4, "the rate is lr / (1 + lr_decay * step) [0.0003]"),
         ("b1", fraction, 0.5, "Adam's beta1 [0.5]"),
         ("b2", fraction, 0.999, "Adam's beta2 [0.999]"),
-        ("n_cpu", number(int, 1, 1001), 8, "threads for decoding pictures [8]"),
+        ("n_cpu", number(int, 1, 129), 8, "threads for decoding pictures [8]"),
         ("latent_dim", positive, 62, "dimension of z [62]"),
         ("img_size", number(int, 8, 1025), 32, "height = width, divisible by 4 [32]"),
         ("channels", (1, 3), None, "grey or colour [as in the data]"),
@@ -700,8 +707,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(script=SCRIPT, processes=WORLD_SIZE, images=None)
     opt = parser.parse_args(argv)
     try:
-        may_change = "n_epochs max_steps sample_interval data_root n_cpu device"
-        may_change += " margins seeds"
+        may_change = "margins seeds max_steps sample_interval data_root n_cpu device"
         if opt.resume is not None or opt.generate:
             flags = load_checkpoint(opt.resume or "", {})["flags"]
             if opt.generate and "margin" not in flags:
@@ -716,6 +722,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             opt.resume = flags["resume"]
             if opt.max_steps < flags["max_steps"]:
                 raise ValueError(f"--max_steps must be at least {flags['max_steps']}")
+            first = os.path.join(os.path.dirname(opt.resume), "checkpoint.pt")
+            if opt.resume != first and os.path.exists(first) and not opt.generate:
+                raise ValueError(f"{opt.resume} would overwrite {first}: move it first")
             if flags["script"] != SCRIPT:
                 raise ValueError(f"{opt.resume} is from {flags['script']}.py")
             for name in sorted(vars(opt).keys() - may_change.split()):
@@ -724,9 +733,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                     raise ValueError(f"{name} {value} contradicts {trained}")
         if (opt.generate or not opt.resume) and any(Path(opt.out_dir).glob("*")):
             raise ValueError(f"--out_dir {opt.out_dir} is not a new or empty folder")
-        for name, values in (("margins", opt.margins or []), ("seeds", opt.seeds)):
-            if len({f"{abs(value):g}" for value in values}) < len(values):
-                raise ValueError(f"--{name} {values}: values must differ")
+        margins = [f"{abs(margin):g}" for margin in opt.margins or []]
+        if len({*margins}) < len(margins) or len({*opt.seeds}) < len(opt.seeds):
+            raise ValueError("--margins and --seeds must not have the same value twice")
         if opt.img_size % 4:
             raise ValueError(f"--img_size {opt.img_size} is not a multiple of 4")
         torch.zeros(1, device=opt.device).item()
@@ -792,7 +801,8 @@ def load_data(opt: argparse.Namespace) -> list[Tensor]:
     """Return load_images's tensors, and set the flags that depend on them."""
     if RANK > 0:
         torch.distributed.barrier()  # wait until rank 0 has downloaded the data
-    if os.path.isfile(opt.data_root):
+    missing = opt.dataset == "folder" or os.path.exists(opt.data_root)
+    if missing and not os.path.isdir(opt.data_root):
         raise ValueError(f"--data_root {opt.data_root} is not a folder")
     opt.dataset = opt.dataset or default_dataset(opt.data_root)
     print(f"reading {opt.dataset}", flush=True)
@@ -819,6 +829,7 @@ def generate(opt: argparse.Namespace) -> None:
     rng = seeded_generator(opt.seed, 4)
     z = torch.randn(opt.generate, opt.latent_dim, generator=rng)
     Path(opt.out_dir).mkdir(parents=True, exist_ok=True)
+    Path(opt.out_dir, "generated_from.txt").write_text(f"{opt.resume}\n")
     for start in range(0, len(z), 64):
         imgs = run_batched(generator, z[start : start + 64], opt.device) / 2 + 0.5
         if start == 0:
@@ -841,17 +852,29 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         status, text = 130, "stopped"
         if Path(opt.out_dir, "checkpoint.pt").exists():
-            torchrun = f"torchrun --nproc_per_node={WORLD_SIZE}"
-            command = shlex.join([__file__, "--resume", opt.out_dir])
-            text += f"; to resume: {torchrun if WORLD_SIZE > 1 else 'python'} {command}"
-    except (OSError, ValueError, FloatingPointError) as error:
-        where = f"{opt.out_dir}: " if isinstance(error, OSError) else ""
-        status, text = 2, f"error: {where}{' '.join(str(error).split())}"
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in repr(error).lower() and "overflow" not in str(error):
+            launcher = f"torchrun --nproc_per_node={WORLD_SIZE}"
+            typed = [*(sys.argv[1:] if argv is None else argv)]
+            resume = ["--resume", opt.out_dir]
+            command = shlex.join([__file__, *typed, *(resume * (typed[-2:] != resume))])
+            text += f"; to resume: {launcher if WORLD_SIZE > 1 else 'python'} {command}"
+    except (
+        MemoryError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        FloatingPointError,
+    ) as error:
+        cause, signs = error, ("allocate memory", "out of memory", "overflow")
+        while cause.__cause__:
+            cause = cause.__cause__
+        status, text = 2, f"error: {' '.join(str(error).split())}"
+        if isinstance(cause, MemoryError) or any(sign in str(cause) for sign in signs):
+            flags = "--batch_size, --img_size, --latent_dim, --n_cpu or --generate"
+            text = f"error: out of memory; lower {flags}"
+        elif isinstance(error, RuntimeError):
             raise
-        flags = "--batch_size, --img_size, --latent_dim or --generate"
-        status, text = 2, f"error: out of memory; lower {flags}"
+        elif isinstance(error, OSError):
+            text += f" (in {opt.out_dir})"
     if RANK == 0:
         newline = "\n" if sys.stdout.isatty() else ""  # ends an overwritten line
         print(f"{newline}{SCRIPT}.py: {text}", file=sys.stderr)

@@ -119,8 +119,9 @@ def test_bound_is_the_total_variation_for_the_best_energy_alone():
     assert bound == pytest.approx(distance)
     assert 0 == min(others) < max(others) < distance
     assert ebgan.tv_bound(best, best, 0) == 0
-    with pytest.raises(ValueError, match="finite"):
-        ebgan.tv_bound(best, best / 0, 0.3)
+    for bad in (best / 0, best + math.inf):
+        with pytest.raises(ValueError, match="finite"):
+            ebgan.tv_bound(best, bad, 0.3)
 
 
 # ------------------------------------------------------------------ the training step
@@ -491,10 +492,10 @@ def pixels(imgs):
 
 def test_pictures_keep_their_pixels_and_what_is_left_out_is_counted(capsys):
     write_pictures(GREY, "in/grey")
-    for left_out in ("a.gif", "b.GIF", ".x.png", ".hidden/x.png", "run/samples/1.png"):
+    for left_out in ("a.gif", "b.GIF", ".x.png", ".hidden/x.png", "new/00000.png"):
         Path("in", left_out).parent.mkdir(parents=True, exist_ok=True)
         Path("in", left_out).write_text("not a picture")
-    Path("in/run/checkpoint.pt").touch()
+    Path("in/new/generated_from.txt").touch()
     os.mkfifo("in/pipe.png")
     Path("in/grey/up").symlink_to("..")
     for channels in (None, 1, 3):
@@ -534,6 +535,8 @@ def test_pictures_are_read_as_they_look_or_refused_by_name():
     names = ("broken.png", "cut.png", "deep.png", "float.tiff")
     for name in names:
         Path(name).rename(f"in/{name}")
+    with mock.patch.object(ebgan.ImageOps, "fit", side_effect=MemoryError):
+        assert "out of memory" in refused(ebgan, *FOLDER)
     line = refused(ebgan, *FOLDER)  # all at once
     assert "4 " in line and all(name in line for name in names[:3])
 
@@ -703,7 +706,7 @@ def test_newest_run_is_resumed_and_generates_without_a_trace_in_the_process(tiny
         ebgan, "--generate", 2, "--out_dir", "pics"
     )  # not stale ones
     one, two = sorted(new.glob("generated-*/*")), sorted(Path("pics").iterdir())
-    names = ["00000.png", "00001.png", "00002.png", "grid.png"]
+    names = ["00000.png", "00001.png", "00002.png", "generated_from.txt", "grid.png"]
     assert [x.name for x in one] == [x.name for x in two] == names
     assert one[0].read_bytes() != two[0].read_bytes()  # --seed
     assert process_state() == before
@@ -778,9 +781,13 @@ def test_sweep_goes_on_after_a_run_that_is_not_finite(tiny):
     with open("x/results.csv", newline="") as file:
         one, two = csv.DictReader(file)
     assert "not finite" in one["error"] and not two["error"] and two["step"] == "1"
-    opt = sweep.parse_args([str(x) for x in (*flags, "--out_dir", "y")])
-    Path("y").mkdir()
-    Path("y/checkpoint.pt").touch()  # by another sweep, begun at the same time
+    stop = mock.patch.object(sweep, "save", side_effect=KeyboardInterrupt)
+    with stop:  # before the first checkpoint of a run
+        call(sweep, *flags, "--margins", 1, "--out_dir", "y", status=130)
+    call(sweep, "--resume", "y")
+    opt = sweep.parse_args([str(x) for x in (*flags, "--out_dir", "z")])
+    Path("z").mkdir()
+    Path("z/checkpoint.pt").touch()  # by another sweep, begun at the same time
     with pytest.raises(FileExistsError):
         sweep.sweep(opt, [])
 
@@ -828,6 +835,11 @@ def test_stopped_and_killed_runs_are_resumed_as_if_nothing_had_been(
         assert load("x y")["step"] == 48
     call(ebgan, *resume_command(err))
     check_same("x y", whole)
+    loading = mock.patch.object(ebgan, "load_images", side_effect=KeyboardInterrupt)
+    with loading:
+        _, err = call(ebgan, "--resume", "x y", "--max_steps", 53, status=130)
+    assert resume_command(err)[-2:] == ["--resume", str(Path("x y").absolute())]
+    assert "--max_steps 53" in err
     with ctrl_c(ebgan, 1):  # before anything but the first weights is saved
         _, err = call(ebgan, *tiny, *flags[:3], "y", status=130)
     call(ebgan, *resume_command(err))
@@ -852,6 +864,8 @@ def test_run_is_not_resumed_on_other_data(tiny):
     shutil.copy("in/2.png", "in/1.png")  # as many
     assert "--data_root" in refused(ebgan, "--resume", "x", *flags)
     assert Path("x/checkpoint.pt").read_bytes() == before
+    shutil.copy("x/checkpoint.pt", "x/other.pt")  # which would overwrite the newer one
+    assert "other.pt" in refused(ebgan, "--resume", "x/other.pt", "--max_steps", 3)
 
 
 def test_few_pictures_are_not_scored_after_each_epoch(tiny):
@@ -907,7 +921,7 @@ def test_fault_in_a_step_keeps_the_last_checkpoint(kept):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))  # a full disk
     try:
-        assert f"{Path('x').absolute()}: " in refused(ebgan, "--resume", "x", *more)
+        assert str(Path("x").absolute()) in refused(ebgan, "--resume", "x", *more)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with mock.patch.object(ebgan, "energy", lambda recon, *_: recon * math.inf):

@@ -463,9 +463,9 @@ def test_without_a_network_the_digits_are_taken_and_scored(no_network, monkeypat
     Image.new("L", (8, 8)).save(
         "data/picture.png"
     )  # digits are not what is wanted then
-    assert "--dataset folder" in refused(ebgan)
+    assert "--dataset folder" in refused(ebgan, "--img_size", 8, "--max_steps", 1)
     monkeypatch.setattr(ebgan.ImageFont, "load_default", lambda: None)  # Pillow 10.0
-    assert "Pillow" in refused(ebgan, "--dataset", "digits")
+    assert "Pillow" in refused(ebgan, "--dataset", "digits", "--max_steps", 1)
 
 
 noise = np.random.default_rng(0)
@@ -792,17 +792,23 @@ def test_sweep_goes_on_after_a_run_that_is_not_finite(tiny):
         sweep.sweep(opt, [])
 
 
-def test_python_code_in_the_readme_runs(whole, monkeypatch, capsys):
+def test_python_code_in_readme_and_results_runs(whole, monkeypatch, capsys):
     def load_images(name, *_):
         return [None, None, ebgan.synthetic_digits(50, 8, seed=len(name))[0], None]
 
     monkeypatch.setattr(ebgan, "load_images", load_images)
     shutil.copytree(whole, "runs/mnist-1")
-    text = (HERE / "README.md").read_text()
-    score, fold = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    Path("score.py").write_text(score)
+    text = "".join((HERE / x).read_text() for x in ("README.md", ".github/RESULTS.md"))
+    score, auroc, fold = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    Path("score.py").write_text(score.replace("32, 1)", "8, 1)"))
+    Path("auroc.py").write_text(auroc)
     Path("fold.py").write_text(fold.replace("number=50", "number=1"))
-    auroc = runpy.run_path("score.py")["auroc"]
+    Image.fromarray(GREY[0]).save("strange.png")
+    Image.fromarray(load_images("mnist")[2][0, 0].numpy()).save("normal.png")
+    monkeypatch.setattr(sys, "argv", ["score.py", "strange.png", "normal.png"])
+    runpy.run_path("score.py")
+    assert re.findall(r"\w+\.png", capsys.readouterr().out) == ["strange.png"]
+    auroc = runpy.run_path("auroc.py")["auroc"]
     runpy.run_path("fold.py")
     printed = capsys.readouterr().out.split()
     assert len(printed) == 4 + 2 and all(float(x) > 0 for x in printed)

@@ -187,7 +187,7 @@ def train_step(
     """Update the discriminator, then the generator (either may be wrapped in DDP).
 
     Images are in [-1, 1]; noise (of their shape, or 0) is added to those that D sees;
-    amp runs the networks in bfloat16. Needs energy and discriminator_loss.
+    amp runs the networks in bfloat16. Needs the losses above.
     Return the energies of real and generated images and the embedding of the latter.
     """
     autocast = torch.autocast(real_imgs.device.type, torch.bfloat16, enabled=amp)
@@ -212,7 +212,7 @@ def train_step(
     loss_g = energy(recon, gen_imgs, kind).mean()
     loss_g = loss_g + lambda_pt * pullaway_loss(embedding)
     optimizer_g.zero_grad()
-    loss_g.backward(inputs=list(generator.parameters()))  # and not the discriminator's
+    loss_g.backward(inputs=list(generator.parameters()))  # none for the discriminator
     optimizer_g.step()
     return real_energy.detach(), fake_energy.detach(), embedding.detach()
 
@@ -241,8 +241,8 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
         Path(opt.out_dir, "samples").mkdir(parents=True, exist_ok=True)
         save(opt, state, imgs, start, rows)  # from here on the run can be resumed
         print("preparing the scores", flush=True)
-        classes = labels.max() > 0
-        classifier = train_classifier(imgs, labels, opt.device) if classes else None
+        has_classes = labels.max() > 0
+        classifier = train_classifier(imgs, labels, opt.device) if has_classes else None
         if unscored:
             rows[-1] |= score_run(opt, state, data, classifier)
             save(opt, state, imgs, start, rows)
@@ -328,7 +328,7 @@ def build(opt: argparse.Namespace) -> tuple[dict, int, list[dict]]:
 
 
 def running_mean(mean: Tensor, new: Tensor, n: Tensor) -> Tensor:
-    """Return the mean with a new value, of weight 9 / (10 + n) but at least 0.001."""
+    """Update a mean of n values; the new one weighs 9 / (10 + n), at least 0.001."""
     return mean + (new - mean) * (9 / (10 + n)).clamp(min=0.001)
 
 
@@ -493,7 +493,7 @@ def run_batched(function, x: Tensor, device: str) -> Tensor:
 
 
 def train_classifier(imgs: Tensor, labels: Tensor, device: str) -> nn.Sequential:
-    """Fit net to uint8 images: net(x) are logits, net[0](x) features.
+    """Return a network c fit to uint8 images: c(x) gives logits, c[0](x) features.
 
     Needs seeded_generator.
     """
@@ -558,7 +558,7 @@ def tv_bound(real_energy: Tensor, fake_energy: Tensor, margin: float) -> float:
 def score_run(opt, state: dict, data: list[Tensor], classifier) -> dict[str, float]:
     """Return tv_bound and, with a classifier, scores of generated and of real images.
 
-    The discriminator has the batch statistics that save sets.
+    Call it after save, which sets the discriminator's batch statistics.
     """
     imgs, _, held_out, _ = data
     z = torch.randn(5000, opt.latent_dim, generator=seeded_generator(opt.seed, 3))
@@ -585,8 +585,10 @@ def score_run(opt, state: dict, data: list[Tensor], classifier) -> dict[str, flo
 def save(opt, state: dict, imgs: Tensor, step: int, rows: list[dict]) -> None:
     """Replace samples, log.csv and checkpoint.pt, each file atomically."""
     # for the discriminator's eval mode: batch statistics of real images alone
-    chunks = imgs[:2000].tensor_split(max(4, imgs[:2000].numel() // 512_000))
-    update_bn((x.to(opt.device) / 127.5 - 1 for x in chunks), state["discriminator"])
+    imgs = imgs[:2000]
+    n_chunks = min(len(imgs) // 4, max(4, imgs.numel() // 512_000))
+    chunks = (x.to(opt.device) / 127.5 - 1 for x in imgs.tensor_split(n_chunks))
+    update_bn(chunks, state["discriminator"])
     z = torch.randn(64, opt.latent_dim, generator=seeded_generator(opt.seed, 2))
     samples = run_batched(state["averaged"], z, opt.device) / 2 + 0.5
     saved = {name: part.state_dict() for name, part in state.items()}
@@ -614,7 +616,9 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 def load_checkpoint(run: str, state: dict) -> dict:
     """Load a checkpoint ("" for the newest run's) into state; return its contents."""
-    newest = max(Path("runs").glob(f"{SCRIPT}-[0-9]???????-[0-9]?????"), default="runs")
+    newest = max(
+        Path("runs").glob(f"{SCRIPT}-[0-9]???????-[0-9]?????"), default="runs/?"
+    )
     path = Path(os.path.abspath(run or newest))
     path = path if path.is_file() else path / "checkpoint.pt"
     try:
@@ -669,7 +673,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     margin = "energy up to which generated images are pushed, and no further"
     margin += " [norm: 10 at 1 x 32 x 32, scaled to other sizes; mse: 1 at batch 64]"
     positive, fraction, amount = number(int, 1), number(float, 0, 1), number(float, 0)
-    for name, kind, default, text in (
+    for name, convert, default, text in (
         ("n_epochs", positive, 200, "passes over the training images [200]"),
         ("batch_size", number(int, 2), 64, "images per step and process [64]"),
         ("lr", number(float, 1e-12), 2e-3, "Adam's learning rate [0.002]"),
@@ -680,10 +684,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("latent_dim", positive, 62, "dimension of z [62]"),
         ("img_size", number(int, 8, 1025), 32, "height = width, divisible by 4 [32]"),
         ("channels", (1, 3), None, "grey or colour [as in the data]"),
-        ("sample_interval", positive, 400, "steps between checkpoints [400]"),
+        ("sample_interval", positive, 400, "steps between saves of the run [400]"),
         ("energy", ("norm", "mse"), "norm", "norm of the error, or mean square [norm]"),
         ("lambda_pt", amount, 0.1, "weight of the pulling-away term [0.1]"),
-        ("noise", amount, None, "of the discriminator's input, sd [norm: 0.3; mse: 0]"),
+        ("noise", amount, None, "sd, at the discriminator's input [norm: 0.3; mse: 0]"),
         ("dataset", names, None, "training data [mnist if on disk or downloadable]"),
         ("data_root", os.path.abspath, "data", "folder of data or pictures [data]"),
         ("out_dir", os.path.abspath, f"runs/{SCRIPT}-{date}", "a new folder [in runs]"),
@@ -691,9 +695,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("max_steps", positive, 1500, "length of each run [1500]"),
         ("generate", positive, None, "write this many images from a run and exit"),
     ):
-        choices = kind if isinstance(kind, tuple) else None
-        kind = type(kind[0]) if choices else kind
-        options = {"type": kind, "choices": choices, "default": default}
+        choices = convert if isinstance(convert, tuple) else None
+        convert = type(choices[0]) if choices else convert
+        options = {"type": convert, "choices": choices, "default": default}
         parser.add_argument(f"--{name}", **options, help=text)
     text = margin.replace("[", "[0 0.5 0.7 1 1.4 2 times ")
     seeds = {"type": number(int, 0), "nargs": "+", "default": [0, 1, 2]}
@@ -720,9 +724,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             opt.resume = flags["resume"]
             if opt.max_steps < flags["max_steps"]:
                 raise ValueError(f"--max_steps must be at least {flags['max_steps']}")
-            first = os.path.join(os.path.dirname(opt.resume), "checkpoint.pt")
-            if opt.resume != first and os.path.exists(first) and not opt.generate:
-                raise ValueError(f"{opt.resume} would overwrite {first}: move it first")
+            current = os.path.join(os.path.dirname(opt.resume), "checkpoint.pt")
+            if opt.resume != current and os.path.exists(current) and not opt.generate:
+                raise ValueError(
+                    f"{opt.resume} would overwrite {current}: move it first"
+                )
             if flags["script"] != SCRIPT:
                 raise ValueError(f"{opt.resume} is from {flags['script']}.py")
             for name in sorted(vars(opt).keys() - may_change.split()):
@@ -799,8 +805,8 @@ def load_data(opt: argparse.Namespace) -> list[Tensor]:
     """Return load_images's tensors, and set the flags that depend on them."""
     if RANK > 0:
         torch.distributed.barrier()  # wait until rank 0 has downloaded the data
-    missing = opt.dataset == "folder" or os.path.exists(opt.data_root)
-    if missing and not os.path.isdir(opt.data_root):
+    must_exist = opt.dataset == "folder" or os.path.exists(opt.data_root)
+    if must_exist and not os.path.isdir(opt.data_root):
         raise ValueError(f"--data_root {opt.data_root} is not a folder")
     opt.dataset = opt.dataset or default_dataset(opt.data_root)
     print(f"reading {opt.dataset}", flush=True)
@@ -841,7 +847,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script and return its exit status; an error is one line on stderr."""
     opt = parse_args(argv)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's
             if opt.generate and RANK == 0:
                 generate(opt)
             elif not opt.generate:
@@ -856,16 +862,16 @@ def main(argv: list[str] | None = None) -> int:
             command = shlex.join([__file__, *typed, *(resume * (typed[-2:] != resume))])
             text += f"; to resume: {launcher if WORLD_SIZE > 1 else 'python'} {command}"
     except Exception as error:
-        cause, signs = error, ("allocate memory", "out of memory", "overflow")
+        cause, phrases = error, ("allocate memory", "out of memory", "overflow")
         while cause.__cause__:
             cause = cause.__cause__
         status, text = 2, f"error: {' '.join(str(error).split())}"
-        if isinstance(cause, MemoryError) or any(sign in str(cause) for sign in signs):
+        if isinstance(cause, MemoryError) or any(x in str(cause) for x in phrases):
             flags = "--batch_size, --img_size, --latent_dim, --n_cpu or --generate"
             text = f"error: out of memory; lower {flags}"
-        elif isinstance(error, OSError):
+        elif isinstance(error, OSError) and not error.filename:
             text += f" (in {opt.out_dir})"
-        elif not isinstance(error, ValueError | FloatingPointError):
+        elif not isinstance(error, OSError | ValueError | FloatingPointError):
             raise
     if RANK == 0 or "out of memory" in text:
         newline = "\n" if sys.stdout.isatty() else ""  # ends an overwritten line

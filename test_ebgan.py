@@ -828,7 +828,7 @@ def resume_command(err):
     return argv
 
 
-def test_stopped_and_killed_runs_are_resumed_as_if_nothing_had_been(
+def test_stopped_and_killed_runs_are_resumed_as_if_never_interrupted(
     tiny, whole, started
 ):
     with ctrl_c(ebgan, 42):  # in step 41, after one at the end of the first epoch

@@ -960,6 +960,8 @@ def test_foreign_checkpoints_and_contradicting_flags_are_refused(kept):
     for file in Path().glob("*.pt"):
         assert file.name in refused(ebgan, "--resume", file, "--max_steps", 53)
     assert not Path("evil").exists()
+    line = refused(ebgan, "--resume", "other_script.pt", "--max_steps", 53)
+    assert line.endswith(" is from ebgan_pt.py")
     flags = "energy=mse noise=0 margin=3.0 img_size=16 channels=3 latent_dim=5"
     flags += " batch_size=8 b1=0 dataset=digits lr=0.5 lr_decay=0 seed=9 out_dir=y"
     for flag in flags.split():

@@ -238,9 +238,10 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
             raise ValueError(f"--out_dir {opt.out_dir}: another run has begun there")
         Path(opt.out_dir, "samples").mkdir(parents=True, exist_ok=True)
         save(opt, state, imgs, start, rows)  # from here on the run can be resumed
-        print("preparing the scores", flush=True)
-        has_classes = labels.max() > 0
-        classifier = train_classifier(imgs, labels, opt.device) if has_classes else None
+        classifier = None
+        if labels.max() > 0:  # there are classes
+            print("training a classifier for the scores", flush=True)
+            classifier = train_classifier(imgs, labels, opt.device)
         if unscored:
             rows[-1] |= score_run(opt, state, data, classifier)
             save(opt, state, imgs, start, rows)

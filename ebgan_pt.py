@@ -206,7 +206,7 @@ def train_step(
     optimizer_d.step()
 
     # generator: low energy for its images; gradients flow through recon and gen_imgs
-    unwrapped = getattr(discriminator, "module", discriminator)  # DDP would synchronize
+    unwrapped = getattr(discriminator, "module", discriminator)  # DDP would wait for D
     with autocast:
         recon, embedding = unwrapped(gen_imgs + noise)
     loss_g = energy(recon, gen_imgs, kind).mean()
@@ -610,7 +610,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     """Write a log or table, with a column for every name in any row."""
     with open(path, "w", newline="") as file:
         names = dict.fromkeys(name for row in rows for name in row)
-        writer = csv.DictWriter(file, names)
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -625,6 +625,8 @@ def load_checkpoint(run: str, state: dict) -> dict:
     try:
         # weights_only: executes no code
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"script", "images"} <= saved["flags"].keys():
+            raise ValueError("not a checkpoint of this version")
         for name, part in state.items():
             part.load_state_dict(saved[name])
         saved["flags"] |= {"resume": str(path), "out_dir": str(path.parent)}
@@ -638,8 +640,10 @@ def load_run(run: str) -> tuple[nn.Module, nn.Module]:
 
     run: a folder or checkpoint; ValueError if it is missing or incompatible.
     """
-    flags = load_checkpoint(run, {})["flags"] | {"device": "cpu"}
-    state, _, _ = build(argparse.Namespace(**flags))
+    saved = load_checkpoint(run, {})
+    if "generator" not in saved:  # as in the checkpoint of a sweep
+        raise ValueError(f"{run} has no networks")
+    state, _, _ = build(argparse.Namespace(**saved["flags"] | {"device": "cpu"}))
     return state["averaged"].module.eval(), state["discriminator"].eval()
 
 

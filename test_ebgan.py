@@ -650,6 +650,7 @@ def check_same(one, two):
 
 def test_run_leaves_a_log_pictures_and_a_checkpoint(whole):
     log, saved = read_log(whole), load(whole)
+    assert b"\r" not in Path(whole, "log.csv").read_bytes()
     steps = [int(row["step"]) for row in log]
     assert steps == [7, 14, 20, 21, 24, 28, 35, 40, 42, 48, 49, 50, 52]
     for step, row in zip(steps, log):
@@ -677,6 +678,19 @@ def test_discriminator_of_a_run_is_an_energy_of_one_image(whole, tiny):
         discriminator.decoder[0].running_mean, embedding.mean(0), rtol=1e-4, atol=1e-5
     )
     close(discriminator.decoder[0].running_var, var.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_batch_statistics_are_never_those_of_one_image(tiny, monkeypatch):
+    opt = ebgan.parse_args([str(x) for x in (*tiny, "--channels", 3, "--out_dir", "x")])
+    Path("x/samples").mkdir(parents=True)
+    chunks = []
+    monkeypatch.setattr(ebgan, "update_bn", lambda x, _: chunks.extend(map(len, x)))
+    state, _, _ = ebgan.build(opt)
+    for n, size in ((18, 8), (18, 512), (35, 1024)):
+        imgs = torch.zeros(n, 3, size, size, dtype=torch.uint8)
+        ebgan.save(opt, state, imgs, 0, [])
+        assert sum(chunks) == n and 2 <= min(chunks) and max(chunks) <= 8
+        chunks.clear()
 
 
 def process_state():
@@ -768,6 +782,8 @@ def test_sweep_compares_margins_and_is_resumed_with_its_newest_flags(tiny):
     check_same("alone", "x/margin_0.5/seed_5")
     assert "\nstep " not in call(sweep, "--resume", "x")[0]  # no run is trained twice
     assert "3" in refused(sweep, "--resume", "x", "--max_steps", 2)
+    with pytest.raises(ValueError, match="no networks"):
+        sweep.load_run("x")
     call(sweep, "--generate", 1, "--resume", "x/margin_0/seed_5", "--out_dir", "pics")
     assert Path("pics/00000.png").exists()
 
@@ -946,6 +962,7 @@ def test_foreign_checkpoints_and_contradicting_flags_are_refused(kept):
     older = saved["flags"].keys() - {"lr_decay"}
     for name, content in {
         "foreign": {"model": torch.zeros(3)},
+        "other_flags": {"flags": {"x": 1}},
         "no_networks": {"flags": saved["flags"]},
         "other_network": saved | {"generator": saved["discriminator"]},
         "sed_variant": saved | {"flags": saved["flags"] | {"script": "variant"}},

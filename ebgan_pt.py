@@ -21,6 +21,7 @@ This is the pulling-away variant: the generator minimizes L_G + lambda_pt * f_PT
 
 import argparse
 import atexit
+import copy
 import csv
 import ctypes
 import io
@@ -42,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.optim.swa_utils import update_bn
 from torchvision import datasets
 from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, rgb_to_grayscale
@@ -254,6 +255,8 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
         ddp = {"broadcast_buffers": False, "find_unused_parameters": True}
         networks = [nn.parallel.DistributedDataParallel(net, **ddp) for net in networks]
     options = opt.margin, opt.energy, opt.amp, opt.lambda_pt
+    graphed = opt.device.startswith("cuda") and WORLD_SIZE == 1
+    run_step = GraphedStep(train_step) if graphed else train_step
     # score at ends of epochs, but hardly more often than every sample_interval steps
     score_interval = max(1, round(opt.sample_interval / epoch_steps)) * epoch_steps
     print(f"training from step {start} to {total} in {opt.out_dir}", flush=True)
@@ -274,10 +277,15 @@ def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
         # step
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = opt.lr / (1 + opt.lr_decay * step)
-        real_energy, fake_energy, embedding = train_step(
+        real_energy, fake_energy, embedding = run_step(
             *networks, *optimizers, real_imgs, z, noise, *options
         )
-        averaged.update_parameters(generator)
+        # running mean of the generator, for samples and scores
+        weight = max(9 / (9 + step), 0.001)
+        values = generator.state_dict().values()
+        for mean, value in zip(averaged.state_dict().values(), values, strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(value, weight)
 
         # log: not at every step, since .item() waits for the device
         scoring = step == total or step % score_interval == 0
@@ -318,8 +326,7 @@ def build(opt: argparse.Namespace) -> tuple[dict, int, list[dict]]:
         torch.default_generator.manual_seed(opt.seed)
         generator = Generator(opt.img_size, opt.channels, opt.latent_dim).to(opt.device)
         discriminator = Discriminator(opt.img_size, opt.channels).to(opt.device)
-    averaged = AveragedModel(generator, avg_fn=running_mean, use_buffers=True).eval()
-    state = {"generator": generator, "averaged": averaged}
+    state = {"generator": generator, "averaged": copy.deepcopy(generator).eval()}
     state["discriminator"] = discriminator
     adam = {"lr": opt.lr, "betas": (opt.b1, opt.b2), "fused": True}
     state["optimizer_g"] = torch.optim.Adam(generator.parameters(), **adam)
@@ -328,9 +335,39 @@ def build(opt: argparse.Namespace) -> tuple[dict, int, list[dict]]:
     return state, saved.get("step", 0), saved.get("rows", [])
 
 
-def running_mean(mean: Tensor, new: Tensor, n: Tensor) -> Tensor:
-    """Update a mean of n values; the new one weighs 9 / (10 + n), at least 0.001."""
-    return mean + (new - mean) * (9 / (10 + n)).clamp(min=0.001)
+class GraphedStep:
+    """A train_step, recorded as a CUDA graph in its fourth call and then replayed.
+
+    That launches its kernels at once, FACTOR times as fast at batch 64 on an H100.
+    """
+
+    def __init__(self, function):
+        self.function, self.n_calls = function, 0
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, *args) -> tuple[Tensor, Tensor, Tensor]:
+        self.n_calls += 1
+        if self.n_calls < 4:  # CUDA graphs need warm-up steps, on another stream
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*args)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        groups = [optimizer.param_groups[0] for optimizer in args[2:4]]
+        if self.n_calls == 4:
+            self.inputs = [x.clone() for x in args[4:7]]
+            self.lrs = [torch.tensor(group["lr"]).to(args[4]) for group in groups]
+            for group, lr in zip(groups, self.lrs):
+                group |= {"lr": lr, "capturable": True}
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(*args[:4], *self.inputs, *args[7:])
+        for old, new in zip(self.inputs, args[4:7]):
+            old.copy_(new)
+        for lr, group in zip(self.lrs, groups):
+            lr.fill_(group["lr"])
+        self.graph.replay()
+        return self.outputs
 
 
 # ------------------------------------------------------------------------------- data
@@ -496,6 +533,7 @@ def run_batched(function, x: Tensor, device: str) -> Tensor:
 def train_classifier(imgs: Tensor, labels: Tensor, device: str) -> nn.Sequential:
     """Return a network c fit to uint8 images: c(x) gives logits, c[0](x) features.
 
+    It is trained on the CPU in float64, so that every machine gets the same network.
     Needs seeded_generator.
     """
     with torch.random.fork_rng(devices=[]):  # leaves the caller's RNG state alone
@@ -505,17 +543,17 @@ def train_classifier(imgs: Tensor, labels: Tensor, device: str) -> nn.Sequential
         layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten()]
         layers += [nn.Linear(1024, 64), nn.ReLU()]
         last = nn.Linear(64, int(labels.max()) + 1)
-    classifier = nn.Sequential(nn.Sequential(*layers), last).to(device)
+    classifier = nn.Sequential(nn.Sequential(*layers), last).double()
     optimizer = torch.optim.Adam(classifier.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=500)
     for step in range(500):
-        batch = torch.randint(len(imgs), (128,), generator=seeded_generator(step))
-        logits = classifier(imgs[batch].to(device) / 127.5 - 1)
+        batch = torch.randint(len(imgs), (64,), generator=seeded_generator(step))
+        logits = classifier(imgs[batch].double() / 127.5 - 1)
         optimizer.zero_grad()
-        F.cross_entropy(logits, labels[batch].to(device)).backward()
+        F.cross_entropy(logits, labels[batch]).backward()
         optimizer.step()
         schedule.step()
-    return classifier.eval()
+    return classifier.float().to(device).eval()
 
 
 def evaluate(classifier: nn.Sequential, imgs: Tensor, real: Tensor) -> dict[str, float]:
@@ -644,7 +682,7 @@ def load_run(run: str) -> tuple[nn.Module, nn.Module]:
     if "generator" not in saved:  # as in the checkpoint of a sweep
         raise ValueError(f"{run} has no networks")
     state, _, _ = build(argparse.Namespace(**saved["flags"] | {"device": "cpu"}))
-    return state["averaged"].module.eval(), state["discriminator"].eval()
+    return state["averaged"], state["discriminator"].eval()
 
 
 # ------------------------------------------------------------------------------ flags
@@ -737,6 +775,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if opt.img_size % 4:
             raise ValueError(f"--img_size {opt.img_size} is not a multiple of 4")
         torch.zeros(1, device=opt.device).item()
+        processes = int(os.getenv("LOCAL_WORLD_SIZE", "1"))
+        if opt.device != "cpu" and processes > torch.accelerator.device_count():
+            raise ValueError(f"--device {opt.device}: fewer than {processes} devices")
     except ValueError as error:
         parser.error(str(error))
     except (RuntimeError, AssertionError) as error:  # from torch.zeros
@@ -791,7 +832,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script and return its exit status; an error is one line on stderr."""
     opt = parse_args(argv)
     try:
-        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's
+        current = torch.cuda.device(opt.device if "cuda" in opt.device else -1)
+        exact = torch.backends.cudnn.flags(enabled=True, deterministic=True)
+        with torch.inference_mode(False), torch.enable_grad(), current, exact:
             if opt.generate and RANK == 0:
                 generate(opt)
             elif not opt.generate:
@@ -829,7 +872,7 @@ if __name__ == "__main__":
         warnings.filterwarnings("ignore", ".*broadcast_buffers")  # renamed in new torch
         torch.distributed.init_process_group()
         atexit.register(torch.distributed.destroy_process_group)
-        if torch.cuda.is_available():
+        if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if RANK > 0 or sys.stdout is None:
         sys.stdout = io.StringIO()  # only rank 0 prints

@@ -223,18 +223,35 @@ def test_graphed_step_is_train_step():
     for wrap in (lambda step: step, ebgan.GraphedStep):
         torch.manual_seed(0)
         networks = [ebgan.Generator().cuda(), ebgan.Discriminator().cuda()]
-        adam = [torch.optim.Adam(x.parameters(), fused=True) for x in networks]
+        options = {"betas": (0.5, 0.999), "fused": True}
+        adam = [torch.optim.Adam(x.parameters(), **options) for x in networks]
         step, shape = wrap(ebgan.train_step), (64, 1, 32, 32)
         with torch.backends.cudnn.flags(enabled=True, deterministic=True):
             for i in range(8):
                 batch = torch.rand(shape), torch.randn(64, 62), torch.randn(shape)
                 for optimizer in adam:
-                    optimizer.param_groups[0]["lr"] = 1e-3 / (1 + i)
+                    optimizer.param_groups[0]["lr"] = 2**-13 * (16 - i)
                 batch = [x.cuda() for x in batch]
                 outputs = step(*networks, *adam, *batch, 10.0)
         ends.append([*outputs, *networks[0].parameters(), *networks[1].parameters()])
     for one, two in zip(*ends, strict=True):
         assert torch.equal(one, two)
+
+
+def test_classifier_is_trained_in_float64_on_32_pixels_at_most(monkeypatch):
+    dtypes, cross_entropy = [], F.cross_entropy
+
+    def recorded(logits, labels):
+        dtypes.append(logits.dtype)
+        return cross_entropy(logits, labels)
+
+    monkeypatch.setattr(F, "cross_entropy", recorded)
+    monkeypatch.setattr(ebgan, "range", lambda n: [0], raising=False)  # one step
+    imgs = torch.randint(256, (9, 1, 64, 64), dtype=torch.uint8)
+    classifier = ebgan.train_classifier(imgs, torch.arange(9), "cpu")
+    assert dtypes == [torch.float64]
+    imgs = imgs / 127.5 - 1
+    close(classifier(imgs), classifier(F.avg_pool2d(imgs, 2)))
 
 
 @pytest.fixture(scope="session")
@@ -713,6 +730,22 @@ def test_batch_statistics_are_never_those_of_one_image(tiny, monkeypatch):
         chunks.clear()
 
 
+def test_devices_suffice_and_cudnn_is_deterministic_in_main_alone(tiny, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert ebgan.parse_args(["--device", "cpu:0"]).device == "cpu:0"
+    states = []
+    monkeypatch.setattr(ebgan, "load_data", lambda opt: None)
+    monkeypatch.setattr(
+        ebgan, "train", lambda *_: states.append(torch.backends.cudnn.deterministic)
+    )
+    call(ebgan, *tiny)
+    assert [*states, torch.backends.cudnn.deterministic] == [True, False]
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))
+    for device, n in (("cuda", 1), ("cuda:1", 2)):
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda n=n: n)
+        assert "2 processes need" in refused(ebgan, "--device", device)
+
+
 def process_state():
     handlers = [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)]
     numbers = torch.get_rng_state().tolist(), str(np.random.get_state())
@@ -843,7 +876,8 @@ def test_python_code_in_readme_and_results_runs(whole, monkeypatch, capsys):
         return [None, None, ebgan.synthetic_digits(50, 8, seed=len(name))[0], None]
 
     monkeypatch.setattr(ebgan, "load_images", load_images)
-    shutil.copytree(whole, "runs/mnist-1")
+    for name in ("mnist", "default-mnist-0"):
+        shutil.copytree(whole, f"runs/{name}")
     text = "".join((HERE / x).read_text() for x in ("README.md", ".github/RESULTS.md"))
     score, auroc, fold = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     Path("score.py").write_text(score.replace("32, 1)", "8, 1)"))

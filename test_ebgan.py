@@ -741,6 +741,7 @@ def test_devices_suffice_and_cudnn_is_deterministic_in_main_alone(tiny, monkeypa
     call(ebgan, *tiny)
     assert [*states, torch.backends.cudnn.deterministic] == [True, False]
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     for device, n in (("cuda", 1), ("cuda:1", 2)):
         monkeypatch.setattr(torch.accelerator, "device_count", lambda n=n: n)
         assert "2 processes need" in refused(ebgan, "--device", device)

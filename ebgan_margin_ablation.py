@@ -842,7 +842,8 @@ def sweep(opt: argparse.Namespace, data: list[Tensor]) -> None:
         print(f"margin {margin:g}, mean +- sd of {len(runs)} finite runs:", end="")
         for name in list(runs[0])[4:] if runs else []:
             values = np.array([run[name] for run in runs], float)
-            print(f"  {name} {values.mean():.4g} +- {values.std():.2g}", end="")
+            sd = values.std(ddof=len(runs) > 1)
+            print(f"  {name} {values.mean():.4g} +- {sd:.2g}", end="")
         print()
     save_image(torch.cat(samples), home / "margins.png", nrow=12)
     picture = ImageOps.expand(Image.open(home / "margins.png"), (100, 0, 0, 0))

@@ -18,6 +18,7 @@ import shlex
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 from multiprocessing.pool import ThreadPool
@@ -834,9 +835,14 @@ def test_sweep_compares_margins_and_is_resumed_with_its_newest_flags(tiny):
     with ctrl_c(sweep, 2):
         more = ["--max_steps", 3, "--margins", 0, 0.5, 1]
         _, err = call(sweep, "--resume", "x/margin_0/seed_0", *more, status=130)
-    assert "run 6 of 6" in call(sweep, *resume_command(err))[0]
+    out, _ = call(sweep, *resume_command(err))
+    assert "run 6 of 6" in out
     with open("x/results.csv", newline="") as file:
-        rows = [(x["margin"], x["seed"], x["step"]) for x in csv.DictReader(file)]
+        results = list(csv.DictReader(file))
+    values = [float(x["real_energy"]) for x in results[:2]]
+    mean, sd = statistics.mean(values), statistics.stdev(values)
+    assert f"real_energy {mean:.4g} +- {sd:.2g}" in out
+    rows = [(x["margin"], x["seed"], x["step"]) for x in results]
     runs = itertools.product(("0", "0.5", "1"), ("0", "5"), ("3",))
     assert rows == list(runs)
     assert Image.open("x/margins.png").size[1] == 3 * (8 + 2) + 2

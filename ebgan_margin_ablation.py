@@ -496,7 +496,8 @@ def load_images(
                 n = max(len(data), len(labels))  # IndexError if one is cut short
                 imgs = torch.stack([resize(data[i][0], [img_size]) for i in range(n)])
             except Exception as error:  # torchvision raises many exception types
-                text = f"{files} is damaged, or missing and not downloadable: {error!r}"
+                cause = str(error) or repr(error)
+                text = f"{files} is damaged, or missing and not downloadable: {cause}"
                 raise ValueError(f"--dataset {dataset}: {text}") from error
         imgs = rgb_to_grayscale(imgs) if channels == 1 else imgs
         splits += [imgs.expand(-1, channels or -1, -1, -1), torch.as_tensor(labels)]

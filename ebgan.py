@@ -43,7 +43,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 from torchvision import datasets
 from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, rgb_to_grayscale
@@ -630,7 +629,7 @@ def save(opt, state: dict, imgs: Tensor, step: int, rows: list[dict]) -> None:
     imgs = imgs[:2000]
     n_chunks = min(len(imgs) // 4, max(4, imgs.numel() // 512_000))
     chunks = (x.to(opt.device) / 127.5 - 1 for x in imgs.tensor_split(n_chunks))
-    update_bn(chunks, state["discriminator"])
+    torch.optim.swa_utils.update_bn(chunks, state["discriminator"])
     z = torch.randn(64, opt.latent_dim, generator=seeded_generator(opt.seed, 2))
     samples = run_batched(state["averaged"], z, opt.device) / 2 + 0.5
     saved = {name: part.state_dict() for name, part in state.items()}

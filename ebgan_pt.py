@@ -10,33 +10,31 @@ The discriminator is an auto-encoder; an image's energy is its reconstruction er
 
 Not in the paper: noise is added to the input of Enc, but not to the x that the error is
 measured against (disable with --noise 0); the learning rate decays (disable with
---lr_decay 0); samples come from a running mean of G.
+--lr_decay 0); samples come from a running mean of G's weights.
 This is the pulling-away variant: the generator minimizes L_G + lambda_pt * f_PT.
 
     python ebgan_pt.py --n_epochs 200 --batch_size 64  train on MNIST or built-in digits
+    python ebgan_pt.py --dataset folder --data_root D  train on your own pictures
     python ebgan_pt.py --resume                        resume the newest run
     python ebgan_pt.py --generate 64                   write images from the newest run
     torchrun --nproc_per_node=2 ebgan_pt.py            train on several devices
 """
 
 import argparse
-import atexit
+import contextlib
 import copy
 import csv
-import ctypes
-import io
 import os
 import shlex
-import signal
 import socket
 import sys
 import tempfile
 import time
-import warnings
-import zlib
 from collections import Counter
+from collections.abc import Callable, Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,25 +43,29 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torchvision import datasets
 from torchvision.ops import Conv2dNormActivation
-from torchvision.transforms.v2.functional import pil_to_tensor, resize, rgb_to_grayscale
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 from torchvision.utils import save_image
 
 SCRIPT = Path(__file__).stem
-RANK, WORLD_SIZE = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
+RANK = int(os.getenv("RANK", "0"))  # set by torchrun
+WORLD_SIZE = int(os.getenv("WORLD_SIZE", "1"))
 
 
 # ----------------------------------------------------------------------------- losses
 def energy(recon: Tensor, imgs: Tensor, kind: str = "norm") -> Tensor:
     """U(x) of each image, N x C x H x W -> N: norm (eq. 13) or mean square (mse)."""
-    if kind not in ("norm", "mse"):
-        raise ValueError(f'kind must be "norm" or "mse", not {kind!r}')
-    dtype = torch.promote_types(recon.dtype, torch.float32)  # bfloat16 is too coarse
-    error = (recon.to(dtype) - imgs.to(dtype)).flatten(1)
-    return error.norm(dim=1) if kind == "norm" else error.square().mean(1)
+    if recon.shape != imgs.shape:
+        raise ValueError(f"shapes differ: {list(recon.shape)}, {list(imgs.shape)}")
+    error = (recon - imgs).flatten(1)
+    if kind == "norm":
+        return error.norm(dim=1)
+    if kind == "mse":
+        return error.square().mean(1)
+    raise ValueError(f'kind must be "norm" or "mse", not {kind!r}')
 
 
 def discriminator_loss(
-    real_energy: Tensor, fake_energy: Tensor, margin: float
+    real_energy: Tensor, fake_energy: Tensor, margin: float | Tensor
 ) -> Tensor:
     """L_D (eq. 1), a scalar, from the energies of real and of generated images."""
     return real_energy.mean() + (margin - fake_energy).clamp(min=0).mean()
@@ -72,39 +74,14 @@ def discriminator_loss(
 def pullaway_loss(embedding: Tensor) -> Tensor:
     """f_PT (section 2.4) of N x E embeddings: mean squared cosine over i != j."""
     n = len(embedding)
-    with torch.autocast(embedding.device.type, enabled=False):  # never in bfloat16
-        dtype = torch.promote_types(embedding.dtype, torch.float32)
-        unit = F.normalize(embedding.to(dtype), dim=1)  # a zero embedding stays zero
-        cosines = (unit @ unit.T).fill_diagonal_(0)
-        return cosines.square().sum() / max(n * (n - 1), 1)
+    # scale each row by a power of two, so that its squares don't overflow or vanish
+    exponent = embedding.detach().abs().amax(1, keepdim=True).frexp().exponent
+    unit = F.normalize(embedding.ldexp(-exponent), dim=1)  # a zero row stays zero
+    cosines = (unit @ unit.T).fill_diagonal_(0)
+    return cosines.square().sum() / max(n * (n - 1), 1)
 
 
 # --------------------------------------------------------------------------- networks
-class UpsampleConv2d(nn.Conv2d):
-    """Nearest x2 upsampling, then a 3x3 convolution: N x C x H x W -> N x C' x 2H x 2W.
-
-    As one transposed 4x4 convolution, this takes 4 multiplications instead of 9.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # sum the taps that hit the same pixel; ONNX export ignores divisor_override=1
-        sums = 4 * F.avg_pool2d(self.weight, 2, stride=1, padding=1)
-        kernel = sums.flip(2, 3).transpose(0, 1)
-        out = F.conv_transpose2d(x, kernel, stride=2, padding=1)
-        return out.add_(self.bias.to(out.dtype).view(-1, 1, 1))  # faster than bias=
-
-
-def init_weights(module: nn.Module) -> None:
-    """Initialize the weights of Conv2d and BatchNorm2d as DCGAN does."""
-    if isinstance(module, nn.Conv2d):
-        nn.init.normal_(module.weight, 0, 0.02)
-    elif isinstance(module, nn.BatchNorm2d):
-        nn.init.normal_(module.weight, 1, 0.02)
-
-
 class Generator(nn.Module):
     """G: z, N x latent_dim -> images, N x C x S x S in [-1, 1]; S is a multiple of 4.
 
@@ -133,20 +110,20 @@ class Generator(nn.Module):
         self.apply(init_weights)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.project(z).contiguous(memory_format=torch.channels_last)  # faster
+        x = self.project(z)
+        if x.device.type != "mps":  # where BatchNorm2d is wrong for channels_last
+            x = x.contiguous(memory_format=torch.channels_last)  # faster on CPUs
         return self.upsample(x)
 
 
 class Discriminator(nn.Module):
     """D: images, N x C x S x S -> reconstruction, N x C x S x S, and embedding, N x 32.
 
-    S is a multiple of 4, as in the generator. Needs UpsampleConv2d and init_weights.
+    S is even. Needs UpsampleConv2d and init_weights.
     """
 
     def __init__(self, img_size: int = 32, channels: int = 1):
         super().__init__()
-        if img_size % 4:
-            raise ValueError(f"img_size must be a multiple of 4, not {img_size}")
         size = img_size // 2
         self.encoder = nn.Sequential(
             nn.Conv2d(channels, 64, kernel_size=3, stride=2, padding=1),
@@ -170,6 +147,31 @@ class Discriminator(nn.Module):
         return self.decoder(embedding), embedding
 
 
+class UpsampleConv2d(nn.Conv2d):
+    """nn.Upsample(scale_factor=2), then nn.Conv2d(..., 3, padding=1), but faster.
+
+    After upsampling, each output pixel sees only 2 x 2 different inputs, so the taps
+    that share one are summed: a transposed 4 x 4 convolution with stride 2.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sums = 4 * F.avg_pool2d(self.weight, 2, stride=1, padding=1)
+        kernel = sums.flip(2, 3).transpose(0, 1)
+        out = F.conv_transpose2d(x, kernel, stride=2, padding=1)
+        return out.add_(self.bias.to(out.dtype).view(-1, 1, 1))
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialize the weights of Conv2d and BatchNorm2d as DCGAN does."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1, 0.02)
+
+
 # ---------------------------------------------------------------------- training step
 def train_step(
     generator: nn.Module,
@@ -179,12 +181,12 @@ def train_step(
     real_imgs: Tensor,
     z: Tensor,
     noise: Tensor | float,
-    margin: float,
+    margin: float | Tensor,
     kind: str = "norm",
     amp: bool = False,
     lambda_pt: float = 0.1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Update the discriminator, then the generator (either may be wrapped in DDP).
+    """Update the discriminator, then the generator.
 
     Images are in [-1, 1]; noise (of their shape, or 0) is added to those that D sees;
     amp runs the networks in bfloat16. Needs the losses above.
@@ -194,7 +196,7 @@ def train_step(
 
     # discriminator: low energy for real images, at least the margin for generated ones
     with autocast:
-        gen_imgs = generator(z)
+        gen_imgs = generator(z).to(z.dtype)  # the losses are computed in float32
         fake_imgs = gen_imgs.detach()  # no gradient to the generator
         real_recon, _ = discriminator(real_imgs + noise)
         fake_recon, _ = discriminator(fake_imgs + noise)
@@ -206,193 +208,259 @@ def train_step(
     optimizer_d.step()
 
     # generator: low energy for its images; gradients flow through recon and gen_imgs
-    unwrapped = getattr(discriminator, "module", discriminator)  # DDP would wait for D
     with autocast:
-        recon, embedding = unwrapped(gen_imgs + noise)
+        recon, embedding = discriminator(gen_imgs + noise)
+    embedding = embedding.to(z.dtype)
     loss_g = energy(recon, gen_imgs, kind).mean()
     loss_g = loss_g + lambda_pt * pullaway_loss(embedding)
     optimizer_g.zero_grad()
-    loss_g.backward(inputs=list(generator.parameters()))  # none for the discriminator
+    parameters = [p for p in generator.parameters() if p.requires_grad]
+    loss_g.backward(inputs=parameters)  # leave the discriminator's gradients untouched
     optimizer_g.step()
     return real_energy.detach(), fake_energy.detach(), embedding.detach()
 
 
 # --------------------------------------------------------------------------- training
-def train(opt: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
-    """Train on the tensors from load_images; return the last log row (rank 0)."""
+class Data(NamedTuple):
+    imgs: Tensor  # for training, uint8 N x C x S x S
+    labels: Tensor  # their classes, N, or zeros
+    held_out: Tensor  # images for the scores
+
+
+def train(opt: argparse.Namespace, data: Data) -> dict[str, float]:
+    """Train with the flags that parse_args returns; return the last row of the log.
+
+    data comes from load_images or is a tuple of your own tensors. In the log of a healthy
+    run, fake_energy is near the margin and hinge_active, the share of generated images
+    below the margin, well between 0 and 1. In a collapse, frechet rises far above
+    real_frechet, score and classes fall, and pullaway approaches 1.
+    """
     # setup
-    imgs, labels, held_out, _ = data
+    data = Data(*data)
+    set_data_flags(opt, data)
+    run = start_run(opt, data.imgs)
+    device, imgs = opt.device, data.imgs.to(opt.device)
     global_batch = opt.batch_size * WORLD_SIZE
     epoch_steps = len(imgs) // global_batch  # full batches only
-    total = min(opt.n_epochs * epoch_steps, opt.max_steps or sys.maxsize)
-    if epoch_steps == 0:
-        have = f"{len(imgs)} training images ({len(held_out)} are held out)"
-        raise ValueError(f"--batch_size {opt.batch_size} exceeds the {have}")
-    state, start, rows = build(opt)
-    generator, averaged, discriminator, *optimizers = state.values()
-    unscored = rows and rows[-1].get("tv_bound", 0) is None  # stopped while scoring
-    if start >= total and not unscored:
-        hint = "to continue, raise --n_epochs or --max_steps"
-        print(f"nothing to do: {opt.out_dir} has {start} steps; {hint}", flush=True)
-        return rows[-1]
-    if RANK == 0:
-        if not opt.resume and Path(opt.out_dir, "checkpoint.pt").exists():
-            raise ValueError(f"--out_dir {opt.out_dir}: another run has begun there")
-        Path(opt.out_dir, "samples").mkdir(parents=True, exist_ok=True)
-        save(opt, state, imgs, start, rows)  # from here on the run can be resumed
-        classifier = None
-        if labels.max() > 0:  # there are classes
-            print("training a classifier for the scores", flush=True)
-            classifier = train_classifier(imgs, labels, opt.device)
-        if unscored:
-            rows[-1] |= score_run(opt, state, data, classifier)
-            save(opt, state, imgs, start, rows)
-    networks = generator, discriminator
-    if WORLD_SIZE > 1:
-        # without find_unused_parameters DDP regroups gradients after its first step,
-        # and a resumed run would sum them in another order
-        ddp = {"broadcast_buffers": False, "find_unused_parameters": True}
-        networks = [nn.parallel.DistributedDataParallel(net, **ddp) for net in networks]
-    options = opt.margin, opt.energy, opt.amp, opt.lambda_pt
-    graphed = opt.device.startswith("cuda") and WORLD_SIZE == 1
-    run_step = GraphedStep(train_step) if graphed else train_step
-    # score at ends of epochs, but hardly more often than every sample_interval steps
+    last_step = min(opt.n_epochs * epoch_steps, opt.max_steps)
+    # score at ends of epochs, about every sample_interval steps
     score_interval = max(1, round(opt.sample_interval / epoch_steps)) * epoch_steps
-    print(f"training from step {start} to {total} in {opt.out_dir}", flush=True)
-    start_time = log_time = time.perf_counter()
-    log_step = start
+    classifier = None  # trained when scores are first needed
 
-    for step in range(start + 1, total + 1):
+    parts = run.generator, run.discriminator, run.optimizer_g, run.optimizer_d
+
+    def run_step(real_imgs, z, noise, margin, lr_g, lr_d):
+        run.optimizer_g.param_groups[0]["lr"] = lr_g
+        run.optimizer_d.param_groups[0]["lr"] = lr_d
+        options = opt.energy, opt.amp, opt.lambda_pt
+        return train_step(*parts, real_imgs, z, noise, margin, *options)
+
+    if imgs.is_cuda and WORLD_SIZE == 1:
+        run_step = GraphedStep(run_step)  # comment out to print or branch in train_step
+    print(f"{opt.out_dir}: at step {run.step} of {last_step}", flush=True)
+    first_step, log_step, log_time = run.step + 1, run.step, time.perf_counter()
+
+    for step in range(first_step, last_step + 1):
         # data: draws depend only on seed, step and rank, so that runs resume exactly
         epoch, i = divmod(step - 1, epoch_steps)
-        if i == 0 or step == start + 1:
-            rng = seeded_generator(opt.seed, 0, epoch)
-            batches = torch.randperm(len(imgs), generator=rng).split(opt.batch_size)
-        real_imgs = imgs[batches[i * WORLD_SIZE + RANK]].to(opt.device) / 127.5 - 1
-        rng = seeded_generator(opt.seed, 1, step, RANK)
-        z = torch.randn(opt.batch_size, opt.latent_dim, generator=rng).to(opt.device)
-        noise = torch.randn(real_imgs.shape, generator=rng).to(opt.device) * opt.noise
+        if i == 0 or step == first_step:
+            rng = seeded_rng(opt.seed, "order", epoch, device=device)
+            order = torch.randperm(len(imgs), generator=rng, device=device)
+            batches = order.split(opt.batch_size)
+        real_imgs = imgs[batches[i * WORLD_SIZE + RANK]] / 127.5 - 1
+        rng = seeded_rng(opt.seed, "step", step, RANK, device)
+        z = torch.randn(opt.batch_size, opt.latent_dim, generator=rng, device=device)
+        noise = opt.noise * torch.randn(real_imgs.shape, generator=rng, device=device)
 
-        # step
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = opt.lr / (1 + opt.lr_decay * step)
+        # step; change the margin or a learning rate here
+        margin = opt.margin
+        lr_g = lr_d = opt.lr / (1 + opt.lr_decay * step)
         real_energy, fake_energy, embedding = run_step(
-            *networks, *optimizers, real_imgs, z, noise, *options
+            real_imgs, z, noise, margin, lr_g, lr_d
         )
-        # running mean of the generator, for samples and scores
-        weight = max(9 / (9 + step), 0.001)
-        values = generator.state_dict().values()
-        for mean, value in zip(averaged.state_dict().values(), values, strict=True):
-            if mean.is_floating_point():
-                mean.lerp_(value, weight)
+        # forget early steps quickly, later average over roughly the last 1,000
+        update_average(run.averaged, run.generator, weight=max(9 / (9 + step), 0.001))
+        run.step = step
 
         # log: not at every step, since .item() waits for the device
-        scoring = step == total or step % score_interval == 0
+        scoring = step == last_step or step % score_interval == 0
         saving = scoring or step % opt.sample_interval == 0 or step in (50, 100, 200)
         if RANK > 0 or not (saving or step % 20 == 0):
             continue
-        if not all(x.isfinite().all() for net in networks for x in net.parameters()):
-            raise FloatingPointError(f"weights not finite at step {step}: lower --lr")
         row = {"step": step, "epoch": epoch + 1}
         row["real_energy"] = real_energy.mean().item()
         row["fake_energy"] = fake_energy.mean().item()
-        row["hinge_active"] = (fake_energy < opt.margin).float().mean().item()
+        row["hinge_active"] = (fake_energy < margin).float().mean().item()
         row["pullaway"] = pullaway_loss(embedding).item()
         seconds = time.perf_counter() - log_time
         row["images_per_s"] = (step - log_step) * global_batch / seconds
-        rows.append(row)
+        run.log.append(row)
 
-        # save, then score, which takes the most memory
-        if scoring:
-            row["tv_bound"] = None  # until it is scored
+        # score and save
         if saving:
-            save(opt, state, imgs, step, rows)
+            check_finite(run)
         if scoring:
-            row |= score_run(opt, state, data, classifier)
-            save(opt, state, imgs, step, rows)
+            if classifier is None:
+                print("training a classifier for the scores", flush=True)
+                classifier = train_classifier(data.imgs, data.labels, opt.device)
+            row.update(compute_scores(opt, run.averaged, classifier, data))
+        if saving:
+            save(opt, run, data.imgs)
+            minutes = (last_step - step) * global_batch / row["images_per_s"] / 60
+            values = (f"{name} {value:.6g}" for name, value in row.items())
+            print(*values, f"({minutes:.0f} min left)", flush=True)
         log_step, log_time = step, time.perf_counter()
-        if saving or sys.stdout.isatty():  # there, lines between saves are overwritten
-            minutes = (log_time - start_time) / (step - start) * (total - step) / 60
-            values = " ".join(f"{name} {value:.5g}" for name, value in row.items())
-            line = f"{minutes:.0f} min left, {values}"
-            print(line + "\n" if saving else f"{line[:79]:79}\r", end="", flush=True)
-    return rows[-1] if rows else {}
+    return run.log[-1] if run.log else {}
 
 
-def build(opt: argparse.Namespace) -> tuple[dict, int, list[dict]]:
-    """Return networks and optimizers by name, step and log rows, new or resumed."""
-    with torch.random.fork_rng(devices=[]):  # leaves the caller's RNG state alone
-        torch.default_generator.manual_seed(opt.seed)
-        generator = Generator(opt.img_size, opt.channels, opt.latent_dim).to(opt.device)
-        discriminator = Discriminator(opt.img_size, opt.channels).to(opt.device)
-    state = {"generator": generator, "averaged": copy.deepcopy(generator).eval()}
-    state["discriminator"] = discriminator
-    adam = {"lr": opt.lr, "betas": (opt.b1, opt.b2), "fused": True}
-    state["optimizer_g"] = torch.optim.Adam(generator.parameters(), **adam)
-    state["optimizer_d"] = torch.optim.Adam(discriminator.parameters(), **adam)
-    saved = load_checkpoint(opt.resume, state) if opt.resume else {}
-    return state, saved.get("step", 0), saved.get("rows", [])
+def set_data_flags(opt: argparse.Namespace, data: Data) -> None:
+    """Set the flags that depend on the data, and print their numbers."""
+    opt.images, opt.channels = data.imgs.shape[:2]
+    opt.held_out = len(data.held_out)
+    print(f"{opt.images} training images, {opt.held_out} held out; on {opt.device}")
+    if opt.held_out < 500:
+        print("fewer than 500 held-out images: frechet is only a rough guide")
+    if opt.batch_size > opt.images // WORLD_SIZE:
+        opt.batch_size = opt.images // WORLD_SIZE
+        print(f"too few images for --batch_size: lowered to {opt.batch_size}")
+    if opt.noise is None:
+        opt.noise = 0.3 if opt.energy == "norm" else 0.0
+    if opt.margin is None:
+        opt.margin = default_margin(opt)
+
+
+def start_run(opt: argparse.Namespace, imgs: Tensor) -> "Run":
+    """Return a new or resumed run; a new one is saved before its first step."""
+    torch.backends.cudnn.deterministic = True  # for an exact resume
+    run = Run(opt)
+    if opt.resume:
+        saved = load_checkpoint(opt.resume)
+        run.load(saved)
+        old, new = saved["flags"], saved_flags(opt)
+        changes = [f"{x} {old.get(x)} -> {new[x]}" for x in new if new[x] != old.get(x)]
+        print("changed since the run was saved:", ", ".join(changes) or "nothing")
+    if WORLD_SIZE > 1:
+        run.optimizer_g.register_step_pre_hook(average_gradients)
+        run.optimizer_d.register_step_pre_hook(average_gradients)
+    if RANK == 0 and Path(opt.resume or "") != Path(opt.out_dir, "checkpoint.pt"):
+        Path(opt.out_dir).mkdir(parents=True)  # fails if another run has it
+        save(opt, run, imgs)
+    return run
+
+
+class Run:
+    """What a checkpoint holds: networks, optimizers, the step and the log."""
+
+    PARTS = "generator", "averaged", "discriminator", "optimizer_g", "optimizer_d"
+
+    def __init__(self, opt: argparse.Namespace):
+        torch.manual_seed(opt.seed)
+        generator = Generator(opt.img_size, opt.channels, opt.latent_dim)
+        discriminator = Discriminator(opt.img_size, opt.channels)
+        self.generator = generator.to(opt.device)
+        self.discriminator = discriminator.to(opt.device)
+        self.averaged = copy.deepcopy(self.generator).eval()
+        adam = {"lr": opt.lr, "betas": (opt.b1, opt.b2), "fused": True}
+        adam["capturable"] = "cuda" in opt.device  # works in a CUDA graph
+        self.optimizer_g = torch.optim.Adam(self.generator.parameters(), **adam)
+        self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), **adam)
+        self.step, self.log = 0, []
+
+    def load(self, saved: dict) -> None:
+        """Load a checkpoint's contents; rates and betas stay as the flags say."""
+        with error_note(saved["path"]):
+            for name in self.PARTS:
+                part = getattr(self, name)
+                if "optimizer" in name:
+                    saved[name]["param_groups"] = part.state_dict()["param_groups"]
+                part.load_state_dict(saved[name])
+        self.step, self.log = saved["step"], saved["log"]
+
+
+@torch.no_grad()
+def update_average(averaged: nn.Module, network: nn.Module, weight: float) -> None:
+    """Move the floating-point values of averaged towards those of network."""
+    old = [x for x in averaged.state_dict().values() if x.is_floating_point()]
+    new = [x for x in network.state_dict().values() if x.is_floating_point()]
+    torch._foreach_lerp_(old, new, weight)
+
+
+def check_finite(run: Run) -> None:
+    """Raise FloatingPointError rather than save weights that are not finite."""
+    for weight in (*run.generator.parameters(), *run.discriminator.parameters()):
+        if not weight.isfinite().all():
+            raise FloatingPointError(f"not finite at step {run.step}: lower --lr")
+
+
+def average_gradients(optimizer: torch.optim.Optimizer, *_) -> None:
+    """Average the gradients over all processes, as a hook before optimizer.step()."""
+    for parameter in optimizer.param_groups[0]["params"]:
+        torch.distributed.all_reduce(parameter.grad)
+        parameter.grad /= WORLD_SIZE
 
 
 class GraphedStep:
-    """A train_step that is recorded as a CUDA graph in its fourth call, then replayed.
+    """A step that is recorded as a CUDA graph in its fourth call, then replayed.
 
-    All kernels in one launch: 3.4 times the images/s at batch 64 on an H100. The
-    tensors that it returns are overwritten by the next call.
+    One launch for all kernels: 3.4 times the images/s at batch 64 on an H100. Arguments
+    (tensors or numbers) may change from call to call; everything else is fixed when it
+    is recorded, and print() has no effect. The next call overwrites what is returned.
     """
 
-    def __init__(self, function):
-        self.function, self.n_calls = function, 0
-        self.stream = torch.cuda.Stream()
+    def __init__(self, step: Callable):
+        self.step, self.n_calls = step, 0
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
 
-    def __call__(self, *args) -> tuple[Tensor, Tensor, Tensor]:
-        groups = [optimizer.param_groups[0] for optimizer in args[2:4]]
-        lrs = [args[4].new_tensor(group["lr"]) for group in groups]
+    def __call__(self, *args: Tensor | float) -> tuple[Tensor, ...]:
+        args = [
+            x if torch.is_tensor(x) else torch.full((), x, device="cuda") for x in args
+        ]
         self.n_calls += 1
         if self.n_calls < 4:  # CUDA graphs need warm-up steps, on another stream
-            for group, lr in zip(groups, lrs):
-                group["lr"] = lr.item()  # in float32, as in the graph
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                outputs = self.function(*args)
+                outputs = self.step(*args)
             torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
         if self.n_calls == 4:
-            self.inputs = [x.clone() for x in (*args[4:7], *lrs)]
-            for group, lr in zip(groups, self.inputs[3:]):
-                group |= {"lr": lr, "capturable": True}
-            self.graph = torch.cuda.CUDAGraph()
+            self.inputs = [x.clone() for x in args]
             with torch.cuda.graph(self.graph, stream=self.stream):
-                self.outputs = self.function(*args[:4], *self.inputs[:3], *args[7:])
-            for group, lr in zip(groups, lrs):
-                group |= {"lr": lr.item(), "capturable": False}
-        for old, new in zip(self.inputs, (*args[4:7], *lrs)):
-            old.copy_(new)
+                self.outputs = self.step(*self.inputs)
+        for recorded, new in zip(self.inputs, args):
+            recorded.copy_(new)
         self.graph.replay()
         return self.outputs
 
 
 # ------------------------------------------------------------------------------- data
-def seeded_generator(*key: int) -> torch.Generator:
-    """Return a generator for a key: seed, a number for the purpose, step, rank."""
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed) >> 1)
+DATASETS = "digits", "mnist", "fashion-mnist", "kmnist", "cifar10", "folder"
+PURPOSES = "order", "step", "samples", "scores", "generate"
+UNREADABLE = OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError
+
+
+def seeded_rng(
+    seed: int, purpose: str, step: int = 0, rank: int = 0, device: str = "cpu"
+) -> torch.Generator:
+    """Return a torch.Generator seeded for one of PURPOSES, a step and a rank."""
+    key = seed, PURPOSES.index(purpose), step, rank
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state) >> 1)
 
 
 def synthetic_digits(n: int, img_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Draw n digits, white on black: images n x 1 x S x S uint8 and labels n int64."""
     size = max(64, img_size)
-    try:
-        font = ImageFont.load_default(size=0.75 * size)
-    except TypeError as error:
-        raise ValueError("the built-in digits need Pillow 10.1 or newer") from error
+    font = ImageFont.load_default(size=0.75 * size)
     glyphs = torch.empty(30, 1, size, size)
     for i in range(30):  # ten digits in three stroke widths
-        glyph, text = Image.new("L", (size, size)), str(i // 3)
+        glyph = Image.new("L", (size, size))
         style = {"anchor": "mm", "stroke_width": i % 3 * size // 64}
-        ImageDraw.Draw(glyph).text((size / 2, size / 2), text, 255, font, **style)
+        place = (size / 2, size / 2)
+        ImageDraw.Draw(glyph).text(place, str(i // 3), 255, font, **style)
         glyphs[i] = pil_to_tensor(glyph)
     glyphs = F.interpolate(glyphs, size=img_size, mode="area")
+
+    # rotate by up to 1/4 rad, shear by 1/4, shift by 1/20 of the size, scale by 1.2
     rng = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (n,), generator=rng)
     styles = 3 * labels + torch.randint(3, (n,), generator=rng)
@@ -401,7 +469,7 @@ def synthetic_digits(n: int, img_size: int, seed: int) -> tuple[Tensor, Tensor]:
     rows = [cos, shear * cos - sin, dx / 10, sin, shear * sin + cos, dy / 10]
     maps = (torch.stack(rows) * 0.9 * 1.2**zoom).T.view(n, 2, 3)
     imgs = torch.empty(n, 1, img_size, img_size, dtype=torch.uint8)
-    for i in torch.arange(n).split(max(1, 1_024_000 // img_size**2)):
+    for i in torch.arange(n).split(1000):
         grid = F.affine_grid(maps[i], [len(i), 1, img_size, img_size], False)
         warped = F.grid_sample(glyphs[styles[i]], grid, align_corners=False)
         imgs[i] = warped.round().byte()
@@ -411,147 +479,152 @@ def synthetic_digits(n: int, img_size: int, seed: int) -> tuple[Tensor, Tensor]:
 def load_picture(path: str | Path, img_size: int, channels: int = 3) -> Tensor:
     """Load a picture upright, cropped to a square, as uint8 C x S x S, grey or RGB.
 
-    Transparent pixels become white. Raise ValueError if the picture is unusable.
+    Transparent pixels become white. Raise one of UNREADABLE if the file is damaged,
+    or grey with more than 8 bits. Needs error_note.
     """
-    try:
+    with error_note(path):
         img = Image.open(path)
-        img.draft(None, (img_size, img_size))  # decodes a large JPEG at a reduced size
-        if img.mode[0] in "FI":  # F, I or I;16
+        img.draft(None, (img_size, img_size))  # decodes a large JPEG at reduced size
+        if img.mode.startswith(("F", "I")):  # F, I or I;16
             raise ValueError("more than 8 bits per channel")
-        img = ImageOps.exif_transpose(img).convert("RGBA")
-        img = ImageOps.fit(img, (img_size, img_size))
-        img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
-        return pil_to_tensor(img.convert("L" if channels == 1 else "RGB"))
-    except Exception as error:  # Pillow raises many exception types
-        raise ValueError(f"{path}: {error}") from error
+        img = ImageOps.exif_transpose(img)
+        if img.has_transparency_data:
+            white = Image.new("RGBA", img.size, "white")
+            img = Image.alpha_composite(white, img.convert("RGBA"))
+        img = pil_to_tensor(img.convert("L" if channels == 1 else "RGB"))
+    return resize(center_crop(img, [min(img.shape[1:])]), [img_size, img_size])
 
 
-def load_folder(root: str, img_size: int, channels: int | None, n_cpu: int) -> list:
-    """Load all pictures below a folder for load_images; each subfolder is a class."""
-    paths, left_out, visited, unusable = [], Counter(), set(), []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        skip = "linked twice" if os.path.realpath(folder) in visited else ""
-        if {"checkpoint.pt", "generated_from.txt"} & set(files):
-            skip = "from a training run"
-        visited.add(os.path.realpath(folder))
-        subfolders[:] = [] if skip else sorted(subfolders)
-        for path in (Path(folder, name) for name in files):
-            hidden = any(part[0] == "." for part in path.relative_to(root).parts)
-            reason = skip or ("hidden" if hidden else path.suffix.lower())
-            if reason in datasets.folder.IMG_EXTENSIONS and path.is_file():
-                paths.append(path)
-            else:
-                left_out[reason or "without a suffix"] += 1
-    reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items())
-    print(f"{len(paths)} pictures in {root}; left out: {reasons or 'none'}", flush=True)
-    if len(paths) < 20:
-        raise ValueError(f"--data_root {root} has {len(paths)} pictures, fewer than 20")
+def load_folder(root: str, img_size: int, channels: int | None, n_cpu: int) -> Data:
+    """Load all pictures below a folder; each folder is a class, a tenth is held out.
+
+    Print what is left out. Raise ValueError if fewer than 20 pictures remain. Needs
+    Data, UNREADABLE, load_picture, seeded_rng and what they need.
+    """
+    paths, errors = [], []
+    for folder, _, files in os.walk(root, onerror=errors.append, followlinks=True):
+        paths += [Path(folder, name) for name in files]
     paths.sort()
-    order = torch.randperm(len(paths), generator=seeded_generator(0))
-    paths = [paths[i] for i in order]
-    imgs = torch.empty(len(paths), channels or 3, img_size, img_size, dtype=torch.uint8)
 
-    def load_into(i: int) -> None:
+    def load(path: Path) -> Tensor | str:
+        """Return a picture, or the reason why it is left out."""
+        if any(part[0] == "." for part in path.relative_to(root).parts):
+            return "hidden"
+        if path.suffix.lower() not in datasets.folder.IMG_EXTENSIONS:
+            return path.suffix or "no extension"
         try:
-            imgs[i] = load_picture(paths[i], img_size, channels or 3)
-        except ValueError as error:
-            unusable.append(error)
+            return load_picture(path, img_size, channels or 3)
+        except UNREADABLE as error:
+            print(f"skipped {path}: {error}")
+            return "unreadable"
 
     with ThreadPool(n_cpu) as pool:
-        pool.map(load_into, range(len(paths)))
-    if unusable:
-        first = "; ".join(sorted(map(str, unusable))[:3])
-        text = f"--data_root: {len(unusable)} pictures are unusable: {first}"
-        raise ValueError(text) from unusable[0]
+        results = pool.map(load, paths)
+    left_out = Counter(x for x in results if isinstance(x, str))
+    left_out.update(f"unreadable folder {error.filename}" for error in errors)
+    loaded = [(x, path) for x, path in zip(results, paths) if torch.is_tensor(x)]
+    reasons = ", ".join(f"{n} {x}" for x, n in left_out.items()) or "nothing"
+    print(f"{len(loaded)} pictures in {root}; left out: {reasons}")
+    if len(loaded) < 20:
+        raise ValueError(f"{root} has {len(loaded)} readable pictures, fewer than 20")
+    order = torch.randperm(len(loaded), generator=seeded_rng(0, "order"))
+    imgs = torch.stack([loaded[i][0] for i in order])
     if channels is None and (imgs == imgs[:, :1]).all():
         imgs = imgs[:, :1].clone()  # all are grey
-    classes = sorted({path.parent for path in paths})
-    labels = torch.tensor([classes.index(path.parent) for path in paths])
-    n = len(paths) // 10
-    return [imgs[n:], labels[n:], imgs[:n], labels[:n]]
+    names = [str(path.parent.relative_to(root)) for _, path in loaded]
+    classes = sorted(set(names))
+    print(f"{len(classes)} classes, a folder each, first {', '.join(classes[:5])}")
+    labels = torch.tensor([classes.index(names[i]) for i in order])
+    n = len(imgs) // 10
+    return Data(imgs[n:], labels[n:], imgs[:n])
 
 
 def load_images(
-    dataset: str, data_root: str, img_size: int, channels: int | None, n_cpu: int
-) -> list[Tensor]:
-    """Return training images, uint8 N x C x S x S, labels N; the same of held-out ones.
+    dataset: str, data_root: str, img_size: int, channels: int | None, n_cpu: int = 8
+) -> Data:
+    """Load a data set (see --dataset), downloading it if it is not in data_root.
 
-    Raise ValueError if files are damaged, or missing and not downloadable.
+    Needs Data, error_note and, by dataset, synthetic_digits or load_folder.
     """
     if dataset == "folder":
         return load_folder(data_root, img_size, channels, n_cpu)
-    name = "FashionMNIST" if dataset == "fashion-mnist" else dataset.upper()
-    files = f"{data_root}/{name}/raw" if "MNIST" in name else data_root
     splits = []
-    for split, n in (("train", 20000), ("test", 5000)):
+    for is_train, n in ((True, 20_000), (False, 5_000)):
         if dataset == "digits":
             imgs, labels = synthetic_digits(n, img_size, seed=n)
         else:
-            which = split if name == "SVHN" else split == "train"
-            try:
-                load = getattr(datasets, name)
-                data = load(data_root, which, pil_to_tensor, download=True)
-                labels = data.labels if name == "SVHN" else data.targets
-                n = max(len(data), len(labels))  # IndexError if one is cut short
-                imgs = torch.stack([resize(data[i][0], [img_size]) for i in range(n)])
-            except Exception as error:  # torchvision raises many exception types
-                cause = str(error) or repr(error)
-                text = f"{files} is damaged, or missing and not downloadable: {cause}"
-                raise ValueError(f"--dataset {dataset}: {text}") from error
-        imgs = rgb_to_grayscale(imgs) if channels == 1 else imgs
-        splits += [imgs.expand(-1, channels or -1, -1, -1), torch.as_tensor(labels)]
-    return splits
+            name = "FashionMNIST" if dataset == "fashion-mnist" else dataset.upper()
+            with error_note(f"{data_root}: if {name} is damaged there, delete it"):
+                split = getattr(datasets, name)(data_root, is_train, download=True)
+                imgs, labels = split.data, torch.as_tensor(split.targets)
+                if len(imgs) != len(labels):
+                    raise ValueError(f"{len(imgs)} images, but {len(labels)} labels")
+            if dataset == "cifar10" and channels == 1:
+                imgs = np.stack([Image.fromarray(img).convert("L") for img in imgs])
+            imgs = torch.as_tensor(imgs)
+            imgs = imgs.unsqueeze(1) if imgs.ndim == 3 else imgs.movedim(3, 1)
+            chunks = [resize(x, [img_size, img_size]) for x in imgs.split(1000)]
+            imgs = torch.cat(chunks)
+        splits.append((imgs.expand(-1, channels or -1, -1, -1), labels))
+    (imgs, labels), (held_out, _) = splits
+    return Data(imgs, labels, held_out)
 
 
 def default_dataset(data_root: str) -> str:
-    """Return mnist if it is on disk or can be downloaded, else digits."""
-    root, suffixes = Path(data_root), datasets.folder.IMG_EXTENSIONS
-    if any(root.glob("MNIST/raw/*ubyte*")):
+    """Return mnist if it is in data_root or can be downloaded, else digits."""
+    if any(Path(data_root).glob("MNIST/raw/*ubyte*")):
         return "mnist"
-    if any(path.suffix.lower() in suffixes for path in root.rglob("*")):
-        raise ValueError(f"--data_root {root} holds pictures: add --dataset folder")
-    print(f"MNIST is not in {root}: downloading it", flush=True)
+    print(f"MNIST is not in {data_root}: downloading it", flush=True)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(5)  # seconds for each of torchvision's mirrors
     try:
         datasets.MNIST(data_root, download=True)
         return "mnist"
-    except (OSError, RuntimeError, ValueError):
+    except (OSError, RuntimeError):
         print("MNIST can't be downloaded: using the built-in digits", flush=True)
         return "digits"
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 # ----------------------------------------------------------------------------- scores
 @torch.no_grad()
-def run_batched(function, x: Tensor, device: str) -> Tensor:
-    """Apply function to x in small chunks; uint8 images are scaled to [-1, 1] first."""
-
-    def run(chunk: Tensor) -> Tensor:
+def run_batched(function: Callable, x: Tensor, device: str, size: int = 64) -> Tensor:
+    """Apply function to size items of x at once; uint8 images become [-1, 1] first."""
+    outputs = []
+    for chunk in x.split(size):
         chunk = chunk.to(device)
-        chunk = chunk / 127.5 - 1 if chunk.dtype == torch.uint8 else chunk
-        return function(chunk).cpu()
-
-    size = max(x[:1].numel(), run(x[:1]).numel(), 1)  # of one input or output
-    return torch.cat([run(chunk) for chunk in x.split(max(1, 512_000 // size))])
+        if chunk.dtype == torch.uint8:
+            chunk = chunk / 127.5 - 1
+        outputs.append(function(chunk).cpu())
+    return torch.cat(outputs)
 
 
 def train_classifier(imgs: Tensor, labels: Tensor, device: str) -> nn.Sequential:
     """Return a network c fit to uint8 images: c(x) gives logits, c[0](x) features.
 
-    It is trained on the CPU in float64, so that scores hardly depend on the machine,
-    and sees images of more than 32 x 32 at that size. Needs seeded_generator.
+    It is trained on the CPU in float64, so that scores hardly depend on the machine.
+    Larger images are downsampled to 32 x 32. With a single class, the features stay
+    random. Needs seeded_rng.
     """
     with torch.random.fork_rng(devices=[]):  # leaves the caller's RNG state alone
         torch.default_generator.manual_seed(0)
-        sizes = ((imgs.shape[1], 16), (16, 32), (32, 64))
-        layers = [nn.AdaptiveAvgPool2d(min(imgs.shape[-1], 32))]
-        layers += [Conv2dNormActivation(*size, stride=2) for size in sizes]
-        layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten()]
-        layers += [nn.Linear(1024, 64), nn.ReLU()]
-        last = nn.Linear(64, int(labels.max()) + 1)
-    classifier = nn.Sequential(nn.Sequential(*layers), last).double()
+        features = nn.Sequential(
+            nn.AdaptiveAvgPool2d(min(imgs.shape[-1], 32)),
+            Conv2dNormActivation(imgs.shape[1], 16, stride=2),  # 16 x 16 x 16
+            Conv2dNormActivation(16, 32, stride=2),  # 32 x 8 x 8
+            Conv2dNormActivation(32, 64, stride=2),  # 64 x 4 x 4
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(1024, 64),
+            nn.ReLU(),
+        )
+        classifier = nn.Sequential(features, nn.Linear(64, int(labels.max()) + 1))
+    classifier.double()
     optimizer = torch.optim.Adam(classifier.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=500)
     for step in range(500):
-        batch = torch.randint(len(imgs), (64,), generator=seeded_generator(step))
+        batch = torch.randint(len(imgs), (64,), generator=seeded_rng(step, "order"))
         logits = classifier(imgs[batch].double() / 127.5 - 1)
         optimizer.zero_grad()
         F.cross_entropy(logits, labels[batch]).backward()
@@ -564,92 +637,75 @@ def evaluate(classifier: nn.Sequential, imgs: Tensor, real: Tensor) -> dict[str,
     """Score images against real ones, in [-1, 1] or uint8, at least 2 of each.
 
     score: I' of the paper, E_x KL(p(y) || p(y|x)), higher is better; frechet: distance
-    of the features, lower is better; classes: those predicted for at least 1 %.
-    Raise ValueError if images are too few or not finite. Needs run_batched.
+    of the features, lower is better; classes: those predicted at least a tenth as often
+    as for real images. Raise ValueError if images are too few or not finite. Needs
+    run_batched.
     """
     device = next(classifier.parameters()).device
     features = run_batched(classifier[0], imgs, device)
-    log_probs = run_batched(classifier[1], features, device).double().log_softmax(1)
-    log_probs = log_probs.clamp(min=-20)  # so that one confident image cannot dominate
-    marginal = log_probs.exp().mean(0)
-    score = (marginal * (marginal.log() - log_probs)).sum(1).mean()
-    real_features = run_batched(classifier[0], real, device).double()
-    features = features.double()
-    shift = (features.mean(0) - real_features.mean(0)).square().sum()
+    real_features = run_batched(classifier[0], real, device)
     finite = (features.sum() + real_features.sum()).isfinite()
     if min(len(imgs), len(real)) < 2 or not finite:
         raise ValueError("evaluate needs at least 2 images of each kind, all finite")
+
+    logits = run_batched(classifier[1], features, device)
+    log_probs = logits.double().log_softmax(1)
+    log_probs = log_probs.clamp(min=-20)  # so that one confident image cannot dominate
+    marginal = log_probs.exp().mean(0)
+    score = (marginal * (marginal.log() - log_probs)).sum(1).mean()
+
+    real_logits = run_batched(classifier[1], real_features, device)
+    real_share = real_logits.argmax(1).bincount(minlength=logits.shape[1]) / len(real)
+    share = logits.argmax(1).bincount(minlength=logits.shape[1]) / len(imgs)
+    classes = ((share > 0) & (share >= 0.1 * real_share)).sum()
+
+    features, real_features = features.double(), real_features.double()
+    shift = (features.mean(0) - real_features.mean(0)).square().sum()
     cov, real_cov = features.T.cov(), real_features.T.cov()
     roots = torch.linalg.eigvals(cov @ real_cov).real.clamp(min=0).sqrt()
     frechet = shift + cov.trace() + real_cov.trace() - 2 * roots.sum()
-    classes = (log_probs.argmax(1).bincount() >= 0.01 * len(imgs)).sum()
     return {"score": score.item(), "frechet": frechet.item(), "classes": classes.item()}
 
 
-def tv_bound(real_energy: Tensor, fake_energy: Tensor, margin: float) -> float:
-    """Estimate a lower bound on TV(data, generator): 1 - L_D / margin, at least 0.
-
-    For densities p, q and U >= 0: p U + q max(0, m - U) >= m min(p, q) everywhere, and
-    min(p, q) integrates to 1 - TV. So L_D >= m (1 - TV). Needs discriminator_loss.
-    """
-    loss = discriminator_loss(real_energy, fake_energy, margin)
-    if not (loss + fake_energy.sum()).isfinite():
-        raise ValueError("tv_bound needs finite energies")
-    return max(0.0, 1 - loss.item() / margin) if margin > 0 else 0.0
-
-
-def score_run(opt, state: dict, data: list[Tensor], classifier) -> dict[str, float]:
-    """Return tv_bound and, with a classifier, scores of generated and of real images.
-
-    Call it after save, which sets the discriminator's batch statistics.
-    """
-    imgs, _, held_out, _ = data
-    z = torch.randn(5000, opt.latent_dim, generator=seeded_generator(opt.seed, 3))
-    gen_imgs = run_batched(state["averaged"], z if classifier else z[:1000], opt.device)
-    discriminator = state["discriminator"].eval()
-
-    def image_energy(x: Tensor) -> Tensor:
-        return energy(discriminator(x)[0], x, opt.energy)
-
-    real_energy = run_batched(image_energy, held_out[:1000], opt.device)
-    fake_energy = run_batched(image_energy, gen_imgs[:1000], opt.device)
-    discriminator.train()
-    if not (real_energy.sum() + fake_energy.sum()).isfinite():
-        raise FloatingPointError("energies not finite: lower --lr")
-    scores = {"tv_bound": tv_bound(real_energy, fake_energy, opt.margin)}
-    if classifier:
-        scores |= evaluate(classifier, gen_imgs, held_out)
-        real_scores = evaluate(classifier, imgs[:5000], held_out)
-        scores |= {f"real_{name}": value for name, value in real_scores.items()}
+def compute_scores(
+    opt: argparse.Namespace, generator: nn.Module, classifier: nn.Sequential, data: Data
+) -> dict[str, float]:
+    """Score up to 5,000 generated images and, as real_..., as many training images."""
+    n = min(5000, len(data.imgs), len(data.held_out))
+    z = torch.randn(5000, opt.latent_dim, generator=seeded_rng(opt.seed, "scores"))[:n]
+    gen_imgs = run_batched(generator, z, opt.device, opt.batch_size)
+    scores = evaluate(classifier, gen_imgs, data.held_out)
+    for name, value in evaluate(classifier, data.imgs[:n], data.held_out).items():
+        scores[f"real_{name}"] = value
     return scores
 
 
 # ------------------------------------------------------------------------ checkpoints
-def save(opt, state: dict, imgs: Tensor, step: int, rows: list[dict]) -> None:
-    """Replace samples, log.csv and checkpoint.pt, each file atomically."""
-    # for the discriminator's eval mode: batch statistics of real images alone
+def save(opt: argparse.Namespace, run: Run, imgs: Tensor) -> None:
+    """Write samples and log.csv, and replace checkpoint.pt when it is complete."""
+    # BatchNorm's running statistics, for eval mode, are those of real images alone
     imgs = imgs[:2000]
     n_chunks = min(len(imgs) // 4, max(4, imgs.numel() // 512_000))
-    chunks = (x.to(opt.device) / 127.5 - 1 for x in imgs.tensor_split(n_chunks))
-    torch.optim.swa_utils.update_bn(chunks, state["discriminator"])
-    z = torch.randn(64, opt.latent_dim, generator=seeded_generator(opt.seed, 2))
-    samples = run_batched(state["averaged"], z, opt.device) / 2 + 0.5
-    saved = {name: part.state_dict() for name, part in state.items()}
-    checkpoint = io.BytesIO()  # torch.save raises no OSError on a full disk
-    torch.save(saved | {"step": step, "rows": rows, "flags": vars(opt)}, checkpoint)
-    with tempfile.TemporaryDirectory(dir=opt.out_dir) as folder:
-        new = Path(folder)
-        (new / "samples").mkdir()
-        save_image(samples, new / "samples.png")
-        save_image(samples, new / f"samples/{step}.png")
-        write_csv(new / "log.csv", rows)
-        (new / "checkpoint.pt").write_bytes(checkpoint.getvalue())
-        for path in new.rglob("*.*"):
-            path.replace(opt.out_dir / path.relative_to(new))
+    batches = (x.to(opt.device) / 127.5 - 1 for x in imgs.tensor_split(n_chunks))
+    torch.optim.swa_utils.update_bn(batches, run.discriminator)
+
+    z = torch.randn(64, opt.latent_dim, generator=seeded_rng(opt.seed, "samples"))
+    samples = run_batched(run.averaged, z, opt.device, opt.batch_size) / 2 + 0.5
+    out_dir = Path(opt.out_dir)
+    (out_dir / "samples").mkdir(exist_ok=True)
+    save_image(samples, out_dir / "samples.png")
+    save_image(samples, out_dir / f"samples/{run.step}.png")
+    write_csv(out_dir / "log.csv", run.log)
+    with tempfile.TemporaryDirectory(dir=out_dir) as folder:
+        new = Path(folder, "checkpoint.pt")
+        state = {name: getattr(run, name).state_dict() for name in run.PARTS}
+        state |= {"step": run.step, "log": run.log, "flags": saved_flags(opt)}
+        torch.save(state, new)
+        new.replace(out_dir / "checkpoint.pt")
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write a log or table, with a column for every name in any row."""
+    """Write a table with a column for every name in any row."""
     with open(path, "w", newline="") as file:
         names = dict.fromkeys(name for row in rows for name in row)
         writer = csv.DictWriter(file, names, lineterminator="\n")
@@ -657,39 +713,71 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def load_checkpoint(run: str, state: dict) -> dict:
-    """Load a checkpoint ("" for the newest run's) into state; return its contents."""
-    newest = max(
-        Path("runs").glob(f"{SCRIPT}-[0-9]???????-[0-9]?????"), default="runs/?"
-    )
-    path = Path(os.path.abspath(run or newest))
-    path = path if path.is_file() else path / "checkpoint.pt"
+def saved_flags(opt: argparse.Namespace) -> dict:
+    """Return the flags to save, with the script and the number of processes."""
+    flags = vars(opt) | {"script": SCRIPT, "processes": WORLD_SIZE}
+    for name in ("device", "generate", "max_steps", "out_dir", "resume"):
+        flags.pop(name, None)
+    return flags
+
+
+@contextlib.contextmanager
+def error_note(note: str | Path) -> Iterator[None]:
+    """Add a note, such as a path, to any error raised inside."""
     try:
-        # weights_only: executes no code
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"script", "images"} <= saved["flags"].keys():
-            raise ValueError("not a checkpoint of this version")
-        for name, part in state.items():
-            part.load_state_dict(saved[name])
-        saved["flags"] |= {"resume": str(path), "out_dir": str(path.parent)}
-        return saved
-    except Exception as error:  # torch.load raises many exception types
-        raise ValueError(f"{path} is missing or incompatible") from error
+        yield
+    except Exception as error:
+        error.add_note(f"in {note}")
+        raise
 
 
-def load_run(run: str) -> tuple[nn.Module, nn.Module]:
+def load_checkpoint(path: str) -> dict:
+    """Load a checkpoint safely (weights only): a file, a run's folder or "newest"."""
+    if path == "newest":
+        path = max(Path("runs").glob(f"{SCRIPT}-[0-9]*/checkpoint.pt"), default=None)
+        if path is None:
+            raise FileNotFoundError(f"no run of {SCRIPT}.py in runs: name its folder")
+    path = full_path(path)
+    if os.path.isdir(path):
+        path = os.path.join(path, "checkpoint.pt")
+    with error_note(path):
+        return torch.load(path, map_location="cpu", weights_only=True) | {"path": path}
+
+
+def load_run(path: str) -> tuple[nn.Module, nn.Module]:
     """Load generator (averaged) and discriminator, on the CPU in eval mode.
 
-    run: a folder or checkpoint; ValueError if it is missing or incompatible.
+    path is a run's folder or checkpoint. Needs the networks, Run and load_checkpoint.
     """
-    saved = load_checkpoint(run, {})
-    if "generator" not in saved:  # as in the checkpoint of a sweep
-        raise ValueError(f"{run} has no networks")
-    state, _, _ = build(argparse.Namespace(**saved["flags"] | {"device": "cpu"}))
-    return state["averaged"], state["discriminator"].eval()
+    saved = load_checkpoint(path)
+    if "averaged" not in saved:
+        raise ValueError(f"{saved['path']} has no networks: name one run of the sweep")
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's RNG state alone
+        run = Run(argparse.Namespace(**saved["flags"], device="cpu"))
+    run.load(saved)
+    return run.averaged, run.discriminator.eval()
 
 
 # ------------------------------------------------------------------------------ flags
+def positive(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def amount(text: str) -> float:
+    """argparse type: a finite number of at least 0."""
+    if not 0 <= float(text) < float("inf"):
+        raise ValueError
+    return float(text)
+
+
+def full_path(text: str) -> str:
+    """argparse type: an absolute path, with ~ expanded."""
+    return os.path.abspath(os.path.expanduser(text))
+
+
 def default_margin(opt: argparse.Namespace) -> float:
     """Return the paper's 10, scaled to the image size, or for mse PyTorch-GAN's."""
     if opt.energy == "mse":
@@ -698,199 +786,120 @@ def default_margin(opt: argparse.Namespace) -> float:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse and check the flags; on an error print one line and exit with status 2."""
-
-    def number(kind: type, low: float, high: float = 2**31):
-        def number(text: str) -> float:
-            if low <= kind(text) < high:
-                return kind(text)
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high})")
-
-        return number
-
+    """Parse the flags; with --resume or --generate, those of the saved run are kept."""
+    now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    device = "cpu"
+    if torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator().type
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", allow_abbrev=False)
     parser.usage = argparse.SUPPRESS  # an error is one line
     parser.description = "Train an Energy-Based GAN. Defaults are in brackets."
-    if RANK > 0:
-        parser.error = lambda message: sys.exit(2)  # rank 0 prints it
-    names = ("digits", "mnist", "fashion-mnist", "kmnist", "cifar10", "svhn", "folder")
-    has_accelerator = torch.accelerator.is_available()
-    best = torch.accelerator.current_accelerator().type if has_accelerator else "cpu"
-    date = time.strftime("%Y%m%d-%H%M%S")
-    margin = "energy up to which generated images are pushed, and no further"
-    margin += " [norm: 10 at 1 x 32 x 32, scaled to other sizes; mse: 1 at batch 64]"
-    positive, fraction, amount = number(int, 1), number(float, 0, 1), number(float, 0)
-    for name, convert, default, text in (
-        ("n_epochs", positive, 200, "passes over the training images [200]"),
-        ("batch_size", number(int, 2), 64, "images per step and process [64]"),
-        ("lr", number(float, 1e-12), 2e-3, "Adam's learning rate [0.002]"),
-        ("lr_decay", amount, 3e-4, "the rate is lr / (1 + lr_decay * step) [0.0003]"),
-        ("b1", fraction, 0.5, "Adam's beta1 [0.5]"),
-        ("b2", fraction, 0.999, "Adam's beta2 [0.999]"),
-        ("n_cpu", number(int, 1, 129), 8, "threads for decoding pictures [8]"),
-        ("latent_dim", positive, 62, "dimension of z [62]"),
-        ("img_size", number(int, 8, 1025), 32, "height = width, divisible by 4 [32]"),
-        ("channels", (1, 3), None, "grey or colour [as in the data]"),
-        ("sample_interval", positive, 400, "steps between saves of the run [400]"),
-        ("energy", ("norm", "mse"), "norm", "norm of the error, or mean square [norm]"),
-        ("margin", amount, None, margin),
-        ("lambda_pt", amount, 0.1, "weight of the pulling-away term [0.1]"),
-        ("noise", amount, None, "sd, at the discriminator's input [norm: 0.3; mse: 0]"),
-        ("dataset", names, None, "training data [mnist if on disk or downloadable]"),
-        ("data_root", os.path.abspath, "data", "folder of data or pictures [data]"),
-        ("out_dir", os.path.abspath, f"runs/{SCRIPT}-{date}", "a new folder [in runs]"),
-        ("seed", number(int, 0), 0, "random seed [0]"),
-        ("device", str, best, "such as cpu or cuda:1 [an accelerator, else cpu]"),
-        ("max_steps", positive, None, "stop after this many steps [no limit]"),
-        ("generate", positive, None, "write this many images from a run and exit"),
-    ):
-        choices = convert if isinstance(convert, tuple) else None
-        convert = type(choices[0]) if choices else convert
-        options = {"type": convert, "choices": choices, "default": default}
-        parser.add_argument(f"--{name}", **options, help=text)
-    parser.add_argument("--amp", action="store_true", help="compute in bfloat16 [off]")
+    flag = parser.add_argument
+    flag("--n_epochs", type=positive, default=200, help="passes over the images [200]")
+    flag("--batch_size", type=positive, default=64, help="images per step [64]")
+    flag("--lr", type=amount, default=2e-3, help="learning rate of both [0.002]")
+    flag(
+        "--lr_decay", type=amount, default=3e-4, help="lr / (1 + this * step) [0.0003]"
+    )
+    flag("--b1", type=amount, default=0.5, help="Adam's beta1 [0.5]")
+    flag("--b2", type=amount, default=0.999, help="Adam's beta2 [0.999]")
+    flag("--n_cpu", type=positive, default=8, help="threads that read pictures [8]")
+    flag("--latent_dim", type=positive, default=62, help="dimension of z [62]")
+    flag("--img_size", type=positive, default=32, help="a multiple of 4 [32]")
+    flag("--channels", type=int, choices=(1, 3), help="grey or RGB [as in the data]")
+    flag("--sample_interval", type=positive, default=400, help="steps per save [400]")
+    text = "reconstruction error: norm (paper) or mean square (PyTorch-GAN) [norm]"
+    flag("--energy", choices=("norm", "mse"), default="norm", help=text)
+    text = "m of the hinge [norm: 10, scaled from 1 x 32 x 32; mse: 1 up to batch 64]"
+    flag("--margin", type=amount, help=text)
+    text = "weight of the pulling-away term [0.1]"
+    flag("--lambda_pt", type=amount, default=0.1, help=text)
+    flag("--noise", type=amount, help="sd of the noise at Enc [norm: 0.3, mse: 0]")
+    flag("--dataset", choices=DATASETS, help="training data [mnist; digits if offline]")
+    flag("--data_root", type=full_path, default="data", help="data or pictures [data]")
+    text = "a new folder for the run [in runs]"
+    flag("--out_dir", type=full_path, default=f"runs/{SCRIPT}-{now}", help=text)
+    flag("--seed", type=int, default=0, help="random seed [0]")
+    flag("--device", default=device, help="such as cuda:1 [an accelerator, else cpu]")
+    flag("--max_steps", type=positive, default=sys.maxsize, help="stop early [never]")
+    flag("--amp", action="store_true", help="compute in bfloat16 [off]")
     text = "resume a run: its folder or checkpoint [the newest]"
-    parser.add_argument("--resume", nargs="?", const="", metavar="RUN", help=text)
-    parser.set_defaults(script=SCRIPT, processes=WORLD_SIZE, images=None)
+    flag("--resume", nargs="?", const="newest", metavar="RUN", help=text)
+    flag("--generate", type=positive, metavar="N", help="write N images of a run")
     opt = parser.parse_args(argv)
-    try:
-        may_change = "n_epochs max_steps sample_interval data_root n_cpu device"
-        if opt.resume is not None or opt.generate:
-            flags = load_checkpoint(opt.resume or "", {})["flags"]
-            if opt.generate:
-                flags["out_dir"] += f"/generated-{date}"
-                may_change += " seed processes out_dir generate"
-            parser.set_defaults(**flags | {"script": SCRIPT, "processes": WORLD_SIZE})
-            opt = parser.parse_args(argv)
-            opt.resume = flags["resume"]
-            current = os.path.join(os.path.dirname(opt.resume), "checkpoint.pt")
-            if opt.resume != current and os.path.exists(current) and not opt.generate:
-                raise ValueError(
-                    f"{opt.resume} would overwrite {current}: move it first"
-                )
-            if flags["script"] != SCRIPT:
-                raise ValueError(f"{opt.resume} is from {flags['script']}.py")
-            for name in sorted(vars(opt).keys() - may_change.split()):
-                if (value := getattr(opt, name)) != flags.get(name):
-                    trained = f"{opt.resume}, which was trained with {flags.get(name)}"
-                    raise ValueError(f"{name} {value} contradicts {trained}")
-        if (opt.generate or not opt.resume) and any(Path(opt.out_dir).glob("*")):
-            raise ValueError(f"--out_dir {opt.out_dir} is not a new or empty folder")
-        if opt.img_size % 4:
-            raise ValueError(f"--img_size {opt.img_size} is not a multiple of 4")
-        torch.zeros(1, device=opt.device).item()
-        n_local = int(os.getenv("LOCAL_WORLD_SIZE", "1"))
-        n_devices = 1 if ":" in opt.device else torch.accelerator.device_count()
-        if "cpu" not in opt.device and n_local > n_devices:
-            what = f"{n_local} processes need as many devices, not {n_devices}"
-            raise ValueError(f"--device {opt.device}: {what}")
-    except ValueError as error:
-        parser.error(str(error))
-    except (RuntimeError, AssertionError) as error:  # from torch.zeros
-        parser.error(f"--device {opt.device}: {str(error).splitlines()[0]}")
+
+    if opt.resume or opt.generate:  # typed flags win over saved ones
+        saved = load_checkpoint(opt.resume or "newest")
+        run_dir, name = os.path.split(saved["path"])
+        flags = argparse.Namespace(**saved["flags"])
+        if opt.generate:
+            flags.out_dir = f"{run_dir}/generated-{now}"
+        elif name == "checkpoint.pt":  # else it might overwrite a newer one
+            flags.out_dir = run_dir
+        opt = parser.parse_args(argv, flags)
+        opt.resume = saved["path"]
+    if opt.img_size % 4:
+        parser.error("argument --img_size: must be a multiple of 4")
+    if opt.batch_size == 1:
+        parser.error("argument --batch_size: batch normalization needs at least 2")
     return opt
 
 
 # ------------------------------------------------------------------------------- main
-def load_data(opt: argparse.Namespace) -> list[Tensor]:
-    """Return load_images's tensors, and set the flags that depend on them."""
-    if RANK > 0:
-        torch.distributed.barrier()  # wait until rank 0 has downloaded the data
-    must_exist = opt.dataset == "folder" or os.path.exists(opt.data_root)
-    if must_exist and not os.path.isdir(opt.data_root):
-        raise ValueError(f"--data_root {opt.data_root} is not a folder")
-    opt.dataset = opt.dataset or default_dataset(opt.data_root)
-    print(f"reading {opt.dataset}", flush=True)
-    source = opt.dataset, opt.data_root, opt.img_size, opt.channels, opt.n_cpu
-    data = load_images(*source)
-    if RANK == 0 and WORLD_SIZE > 1:
-        torch.distributed.barrier()
-    images = f"{len(data[0])} training images, {len(data[2])} held out, checksum "
-    images += "-".join(f"{zlib.crc32(np.ascontiguousarray(x)):x}" for x in data)
-    if opt.resume and images != opt.images:
-        raise ValueError(f"--data_root: {images}; {opt.resume} had {opt.images}")
-    print(f"{images}; on {opt.device}", flush=True)
-    opt.images, opt.channels = images, data[0].shape[1]
-    if opt.noise is None:
-        opt.noise = 0.3 if opt.energy == "norm" else 0.0
-    if opt.margin is None:
-        opt.margin = default_margin(opt)
-    return data
-
-
 def generate(opt: argparse.Namespace) -> None:
     """Write images from a run, and the first 64 of them as a grid."""
     generator = load_run(opt.resume)[0].to(opt.device)
-    rng = seeded_generator(opt.seed, 4)
-    z = torch.randn(opt.generate, opt.latent_dim, generator=rng)
-    Path(opt.out_dir).mkdir(parents=True, exist_ok=True)
-    Path(opt.out_dir, "generated_from.txt").write_text(f"{opt.resume}\n")
-    for start in range(0, len(z), 64):
-        imgs = run_batched(generator, z[start : start + 64], opt.device) / 2 + 0.5
+    out_dir = Path(opt.out_dir)
+    out_dir.mkdir(parents=True)
+    for start in range(0, opt.generate, 64):
+        rng = seeded_rng(opt.seed, "generate", start)
+        z = torch.randn(64, opt.latent_dim, generator=rng)[: opt.generate - start]
+        imgs = run_batched(generator, z, opt.device) / 2 + 0.5
         if start == 0:
-            save_image(imgs, f"{opt.out_dir}/grid.png")
+            save_image(imgs, out_dir / "grid.png")
         for i, img in enumerate(imgs, start):
-            save_image(img, f"{opt.out_dir}/{i:05d}.png")
-    print(f"wrote {len(z)} images and grid.png to {opt.out_dir}")
+            save_image(img, out_dir / f"{i:05d}.png")
+    print(f"wrote {opt.generate} images and grid.png to {out_dir}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the script and return its exit status; an error is one line on stderr."""
+    """Run the script and return its exit status."""
     opt = parse_args(argv)
-    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
-        backend = "gloo" if "cpu" in opt.device else None  # None: the device's own
-        torch.distributed.init_process_group(backend)
-        atexit.register(torch.distributed.destroy_process_group)
-    deterministic = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True  # for an exact resume
+    device = torch.device(opt.device)
+    if device.type == "cuda":
+        local_rank = int(os.getenv("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local_rank if device.index is None else device.index)
+    if opt.amp and device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        print("no AVX512_BF16 in this CPU: --amp may be much slower than float32")
     try:
-        device = torch.cuda.device(opt.device if "cuda" in opt.device else -1)
-        with torch.inference_mode(False), torch.enable_grad(), device:
-            if opt.generate and RANK == 0:
+        if opt.generate:
+            if RANK == 0:
                 generate(opt)
-            elif not opt.generate:
-                train(opt, load_data(opt))
+            return 0
+        if WORLD_SIZE > 1:
+            backend = "gloo" if device.type == "cpu" else None  # None: the device's own
+            torch.distributed.init_process_group(backend)
+        flags = [opt]
+        if RANK > 0:  # wait until rank 0 has chosen and downloaded the data
+            torch.distributed.broadcast_object_list(flags)
+            opt = flags[0]
+        opt.dataset = opt.dataset or default_dataset(opt.data_root)
+        print(f"reading {opt.dataset}", flush=True)
+        data = load_images(
+            opt.dataset, opt.data_root, opt.img_size, opt.channels, opt.n_cpu
+        )
+        if RANK == 0 and WORLD_SIZE > 1:
+            torch.distributed.broadcast_object_list(flags)
+        train(opt, data)
         return 0
     except KeyboardInterrupt:
-        status, text = 130, "stopped"
-        if Path(opt.out_dir, "checkpoint.pt").exists():
-            launcher = f"torchrun --nproc_per_node={WORLD_SIZE}"
-            typed = [*(sys.argv[1:] if argv is None else argv)]
-            resume = ["--resume", opt.out_dir]
-            command = shlex.join([__file__, *typed, *(resume * (typed[-2:] != resume))])
-            text += f"; to resume: {launcher if WORLD_SIZE > 1 else 'python'} {command}"
-    except Exception as error:
-        cause, phrases = error, ("allocate memory", "out of memory", "overflow")
-        while cause.__cause__ or cause.__context__:
-            cause = cause.__cause__ or cause.__context__
-        status, text = 2, f"error: {' '.join(str(error).split())}"
-        if isinstance(cause, MemoryError) or any(x in str(cause) for x in phrases):
-            flags = "--batch_size, --img_size, --latent_dim, --n_cpu or --generate"
-            text = f"error: out of memory; lower {flags}"
-        elif isinstance(error, OSError) and not error.filename:
-            text += f" (in {opt.out_dir})"
-        elif not isinstance(error, OSError | ValueError | FloatingPointError):
-            raise
-    finally:
-        torch.backends.cudnn.deterministic = deterministic
-    if RANK == 0 or "out of memory" in text:
-        newline = "\n" if sys.stdout.isatty() else ""  # ends an overwritten line
-        print(f"{newline}{SCRIPT}.py: {text}", file=sys.stderr)
-    return status
+        if RANK == 0 and Path(opt.out_dir, "checkpoint.pt").exists():
+            command = shlex.join(["python", sys.argv[0], "--resume", opt.out_dir])
+            print(f"stopped; resume with: {command}", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
-    socket.setdefaulttimeout(5)  # seconds for each of torchvision's two mirrors
-    if WORLD_SIZE > 1:
-        warnings.filterwarnings("ignore", ".*broadcast_buffers")  # renamed in new torch
-        if torch.cuda.is_available():
-            local_rank = int(os.environ["LOCAL_RANK"])
-            torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    if RANK > 0 or sys.stdout is None:
-        sys.stdout = io.StringIO()  # only rank 0 prints
-    if sys.platform == "linux":
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit quietly under `| head`
-        libc = ctypes.CDLL(None)  # 1.1 times the images/s: glibc keeps freed memory
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+    if RANK > 0:
+        sys.stdout = None  # only rank 0 prints
     sys.exit(main())

@@ -111,7 +111,7 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.project(z)
-        if x.device.type != "mps":  # where BatchNorm2d is wrong for channels_last
+        if x.device.type != "mps":  # there, BatchNorm2d is wrong for channels_last
             x = x.contiguous(memory_format=torch.channels_last)  # faster on CPUs
         return self.upsample(x)
 
@@ -159,7 +159,7 @@ class UpsampleConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         sums = 4 * F.avg_pool2d(self.weight, 2, stride=1, padding=1)
-        kernel = sums.flip(2, 3).transpose(0, 1)
+        kernel = sums.flip(2, 3).transpose(0, 1)  # conv_transpose2d flips it back
         out = F.conv_transpose2d(x, kernel, stride=2, padding=1)
         return out.add_(self.bias.to(out.dtype).view(-1, 1, 1))
 
@@ -188,13 +188,13 @@ def train_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Update the discriminator, then the generator.
 
-    Images are in [-1, 1]; noise (of their shape, or 0) is added to those that D sees;
-    amp runs the networks in bfloat16. Needs the losses above.
-    Return the energies of real and generated images and the embedding of the latter.
+    Images are in [-1, 1]; noise (of their shape, or 0) is added to D's inputs; amp runs
+    the networks in bfloat16. Return the energies of real and of generated images and
+    the embedding of the generated images. Needs the three losses.
     """
     autocast = torch.autocast(real_imgs.device.type, torch.bfloat16, enabled=amp)
 
-    # discriminator: low energy for real images, at least the margin for generated ones
+    # discriminator: low energy for real images, above the margin for generated ones
     with autocast:
         gen_imgs = generator(z).to(z.dtype)  # the losses are computed in float32
         fake_imgs = gen_imgs.detach()  # no gradient to the generator
@@ -230,7 +230,7 @@ class Data(NamedTuple):
 def train(opt: argparse.Namespace, data: Data) -> dict[str, float]:
     """Train with the flags that parse_args returns; return the last row of the log.
 
-    data comes from load_images or is a tuple of your own tensors. In the log of a healthy
+    data comes from load_images or is your own (uint8 images). In the log of a healthy
     run, fake_energy is near the margin and hinge_active, the share of generated images
     below the margin, well between 0 and 1. In a collapse, frechet rises far above
     real_frechet, score and classes fall, and pullaway approaches 1.
@@ -255,13 +255,14 @@ def train(opt: argparse.Namespace, data: Data) -> dict[str, float]:
         options = opt.energy, opt.amp, opt.lambda_pt
         return train_step(*parts, real_imgs, z, noise, margin, *options)
 
-    if imgs.is_cuda and WORLD_SIZE == 1:
-        run_step = GraphedStep(run_step)  # comment out to print or branch in train_step
+    graphed = imgs.is_cuda and WORLD_SIZE == 1  # False: to print or branch in a step
+    if graphed:
+        run_step = GraphedStep(run_step)
     print(f"{opt.out_dir}: at step {run.step} of {last_step}", flush=True)
     first_step, log_step, log_time = run.step + 1, run.step, time.perf_counter()
 
     for step in range(first_step, last_step + 1):
-        # data: draws depend only on seed, step and rank, so that runs resume exactly
+        # data: draws depend on nothing but seed, step and rank, so runs resume exactly
         epoch, i = divmod(step - 1, epoch_steps)
         if i == 0 or step == first_step:
             rng = seeded_rng(opt.seed, "order", epoch, device=device)
@@ -298,7 +299,9 @@ def train(opt: argparse.Namespace, data: Data) -> dict[str, float]:
 
         # score and save
         if saving:
-            check_finite(run)
+            weights = [*run.generator.parameters(), *run.discriminator.parameters()]
+            if not nn.utils.get_total_norm(weights).isfinite():
+                raise FloatingPointError(f"not finite at step {step}: lower --lr")
         if scoring:
             if classifier is None:
                 print("training a classifier for the scores", flush=True)
@@ -314,7 +317,9 @@ def train(opt: argparse.Namespace, data: Data) -> dict[str, float]:
 
 
 def set_data_flags(opt: argparse.Namespace, data: Data) -> None:
-    """Set the flags that depend on the data, and print their numbers."""
+    """Set the flags that depend on the data, and print what they are."""
+    if data.imgs.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8, not {data.imgs.dtype}")
     opt.images, opt.channels = data.imgs.shape[:2]
     opt.held_out = len(data.held_out)
     print(f"{opt.images} training images, {opt.held_out} held out; on {opt.device}")
@@ -337,13 +342,14 @@ def start_run(opt: argparse.Namespace, imgs: Tensor) -> "Run":
         saved = load_checkpoint(opt.resume)
         run.load(saved)
         old, new = saved["flags"], saved_flags(opt)
-        changes = [f"{x} {old.get(x)} -> {new[x]}" for x in new if new[x] != old.get(x)]
+        changed = [name for name in new if new[name] != old.get(name)]
+        changes = [f"{name} {old.get(name)} -> {new[name]}" for name in changed]
         print("changed since the run was saved:", ", ".join(changes) or "nothing")
     if WORLD_SIZE > 1:
         run.optimizer_g.register_step_pre_hook(average_gradients)
         run.optimizer_d.register_step_pre_hook(average_gradients)
     if RANK == 0 and Path(opt.resume or "") != Path(opt.out_dir, "checkpoint.pt"):
-        Path(opt.out_dir).mkdir(parents=True)  # fails if another run has it
+        Path(opt.out_dir).mkdir(parents=True)  # fails if the folder exists
         save(opt, run, imgs)
     return run
 
@@ -354,7 +360,7 @@ class Run:
     PARTS = "generator", "averaged", "discriminator", "optimizer_g", "optimizer_d"
 
     def __init__(self, opt: argparse.Namespace):
-        torch.manual_seed(opt.seed)
+        torch.default_generator.manual_seed(opt.seed)
         generator = Generator(opt.img_size, opt.channels, opt.latent_dim)
         discriminator = Discriminator(opt.img_size, opt.channels)
         self.generator = generator.to(opt.device)
@@ -385,26 +391,20 @@ def update_average(averaged: nn.Module, network: nn.Module, weight: float) -> No
     torch._foreach_lerp_(old, new, weight)
 
 
-def check_finite(run: Run) -> None:
-    """Raise FloatingPointError rather than save weights that are not finite."""
-    for weight in (*run.generator.parameters(), *run.discriminator.parameters()):
-        if not weight.isfinite().all():
-            raise FloatingPointError(f"not finite at step {run.step}: lower --lr")
-
-
 def average_gradients(optimizer: torch.optim.Optimizer, *_) -> None:
     """Average the gradients over all processes, as a hook before optimizer.step()."""
     for parameter in optimizer.param_groups[0]["params"]:
-        torch.distributed.all_reduce(parameter.grad)
-        parameter.grad /= WORLD_SIZE
+        if parameter.grad is not None:  # else it is frozen
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= WORLD_SIZE
 
 
 class GraphedStep:
-    """A step that is recorded as a CUDA graph in its fourth call, then replayed.
+    """A step that is recorded as a CUDA graph on its fourth call, then replayed.
 
     One launch for all kernels: 3.4 times the images/s at batch 64 on an H100. Arguments
-    (tensors or numbers) may change from call to call; everything else is fixed when it
-    is recorded, and print() has no effect. The next call overwrites what is returned.
+    (tensors or numbers) may change from call to call; all else is fixed when recorded.
+    The Python code, such as a print, isn't run again. The next call overwrites outputs.
     """
 
     def __init__(self, step: Callable):
@@ -413,7 +413,8 @@ class GraphedStep:
 
     def __call__(self, *args: Tensor | float) -> tuple[Tensor, ...]:
         args = [
-            x if torch.is_tensor(x) else torch.full((), x, device="cuda") for x in args
+            x if torch.is_tensor(x) else torch.full((), float(x), device="cuda")
+            for x in args
         ]
         self.n_calls += 1
         if self.n_calls < 4:  # CUDA graphs need warm-up steps, on another stream
@@ -444,7 +445,7 @@ def seeded_rng(
     """Return a torch.Generator seeded for one of PURPOSES, a step and a rank."""
     key = seed, PURPOSES.index(purpose), step, rank
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state) >> 1)
+    return torch.Generator(device).manual_seed(int(state) >> 1)  # below 2^63
 
 
 def synthetic_digits(n: int, img_size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -469,10 +470,11 @@ def synthetic_digits(n: int, img_size: int, seed: int) -> tuple[Tensor, Tensor]:
     rows = [cos, shear * cos - sin, dx / 10, sin, shear * sin + cos, dy / 10]
     maps = (torch.stack(rows) * 0.9 * 1.2**zoom).T.view(n, 2, 3)
     imgs = torch.empty(n, 1, img_size, img_size, dtype=torch.uint8)
-    for i in torch.arange(n).split(1000):
-        grid = F.affine_grid(maps[i], [len(i), 1, img_size, img_size], False)
-        warped = F.grid_sample(glyphs[styles[i]], grid, align_corners=False)
-        imgs[i] = warped.round().byte()
+    for chunk in torch.arange(n).split(1000):
+        shape = [len(chunk), 1, img_size, img_size]
+        grid = F.affine_grid(maps[chunk], shape, align_corners=False)
+        warped = F.grid_sample(glyphs[styles[chunk]], grid, align_corners=False)
+        imgs[chunk] = warped.round().byte()
     return imgs, labels
 
 
@@ -496,7 +498,7 @@ def load_picture(path: str | Path, img_size: int, channels: int = 3) -> Tensor:
 
 
 def load_folder(root: str, img_size: int, channels: int | None, n_cpu: int) -> Data:
-    """Load all pictures below a folder; each folder is a class, a tenth is held out.
+    """Load all pictures below a folder, one class per folder; a tenth is held out.
 
     Print what is left out. Raise ValueError if fewer than 20 pictures remain. Needs
     Data, UNREADABLE, load_picture, seeded_rng and what they need.
@@ -524,7 +526,7 @@ def load_folder(root: str, img_size: int, channels: int | None, n_cpu: int) -> D
     left_out.update(f"unreadable folder {error.filename}" for error in errors)
     loaded = [(x, path) for x, path in zip(results, paths) if torch.is_tensor(x)]
     reasons = ", ".join(f"{n} {x}" for x, n in left_out.items()) or "nothing"
-    print(f"{len(loaded)} pictures in {root}; left out: {reasons}")
+    print(f"loaded {len(loaded)} pictures from {root}; left out: {reasons}")
     if len(loaded) < 20:
         raise ValueError(f"{root} has {len(loaded)} readable pictures, fewer than 20")
     order = torch.randperm(len(loaded), generator=seeded_rng(0, "order"))
@@ -533,7 +535,7 @@ def load_folder(root: str, img_size: int, channels: int | None, n_cpu: int) -> D
         imgs = imgs[:, :1].clone()  # all are grey
     names = [str(path.parent.relative_to(root)) for _, path in loaded]
     classes = sorted(set(names))
-    print(f"{len(classes)} classes, a folder each, first {', '.join(classes[:5])}")
+    print(f"{len(classes)} classes, one per folder: {', '.join(classes[:5])}")
     labels = torch.tensor([classes.index(names[i]) for i in order])
     n = len(imgs) // 10
     return Data(imgs[n:], labels[n:], imgs[:n])
@@ -554,7 +556,7 @@ def load_images(
             imgs, labels = synthetic_digits(n, img_size, seed=n)
         else:
             name = "FashionMNIST" if dataset == "fashion-mnist" else dataset.upper()
-            with error_note(f"{data_root}: if {name} is damaged there, delete it"):
+            with error_note(f"{data_root}: if its {name} is damaged, delete it"):
                 split = getattr(datasets, name)(data_root, is_train, download=True)
                 imgs, labels = split.data, torch.as_tensor(split.targets)
                 if len(imgs) != len(labels):
@@ -590,7 +592,7 @@ def default_dataset(data_root: str) -> str:
 # ----------------------------------------------------------------------------- scores
 @torch.no_grad()
 def run_batched(function: Callable, x: Tensor, device: str, size: int = 64) -> Tensor:
-    """Apply function to size items of x at once; uint8 images become [-1, 1] first."""
+    """Apply function to x in batches; uint8 images are scaled to [-1, 1] first."""
     outputs = []
     for chunk in x.split(size):
         chunk = chunk.to(device)
@@ -601,7 +603,7 @@ def run_batched(function: Callable, x: Tensor, device: str, size: int = 64) -> T
 
 
 def train_classifier(imgs: Tensor, labels: Tensor, device: str) -> nn.Sequential:
-    """Return a network c fit to uint8 images: c(x) gives logits, c[0](x) features.
+    """Fit a network c to uint8 images: c(x) gives logits, c[0](x) features, x in [-1, 1].
 
     It is trained on the CPU in float64, so that scores hardly depend on the machine.
     Larger images are downsampled to 32 x 32. With a single class, the features stay
@@ -637,7 +639,7 @@ def evaluate(classifier: nn.Sequential, imgs: Tensor, real: Tensor) -> dict[str,
     """Score images against real ones, in [-1, 1] or uint8, at least 2 of each.
 
     score: I' of the paper, E_x KL(p(y) || p(y|x)), higher is better; frechet: distance
-    of the features, lower is better; classes: those predicted at least a tenth as often
+    between features, lower is better; classes: those predicted at least a tenth as often
     as for real images. Raise ValueError if images are too few or not finite. Needs
     run_batched.
     """
@@ -682,7 +684,7 @@ def compute_scores(
 
 # ------------------------------------------------------------------------ checkpoints
 def save(opt: argparse.Namespace, run: Run, imgs: Tensor) -> None:
-    """Write samples and log.csv, and replace checkpoint.pt when it is complete."""
+    """Write samples and log.csv, and replace checkpoint.pt atomically."""
     # BatchNorm's running statistics, for eval mode, are those of real images alone
     imgs = imgs[:2000]
     n_chunks = min(len(imgs) // 4, max(4, imgs.numel() // 512_000))
@@ -696,7 +698,7 @@ def save(opt: argparse.Namespace, run: Run, imgs: Tensor) -> None:
     save_image(samples, out_dir / "samples.png")
     save_image(samples, out_dir / f"samples/{run.step}.png")
     write_csv(out_dir / "log.csv", run.log)
-    with tempfile.TemporaryDirectory(dir=out_dir) as folder:
+    with error_note(out_dir), tempfile.TemporaryDirectory(dir=out_dir) as folder:
         new = Path(folder, "checkpoint.pt")
         state = {name: getattr(run, name).state_dict() for name in run.PARTS}
         state |= {"step": run.step, "log": run.log, "flags": saved_flags(opt)}
@@ -736,12 +738,15 @@ def load_checkpoint(path: str) -> dict:
     if path == "newest":
         path = max(Path("runs").glob(f"{SCRIPT}-[0-9]*/checkpoint.pt"), default=None)
         if path is None:
-            raise FileNotFoundError(f"no run of {SCRIPT}.py in runs: name its folder")
+            raise FileNotFoundError(f"no run of {SCRIPT}.py in runs: give its folder")
     path = full_path(path)
     if os.path.isdir(path):
         path = os.path.join(path, "checkpoint.pt")
     with error_note(path):
-        return torch.load(path, map_location="cpu", weights_only=True) | {"path": path}
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if "flags" not in saved:
+            raise ValueError("not a checkpoint of these scripts")
+    return saved | {"path": path}
 
 
 def load_run(path: str) -> tuple[nn.Module, nn.Module]:
@@ -786,7 +791,7 @@ def default_margin(opt: argparse.Namespace) -> float:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the flags; with --resume or --generate, those of the saved run are kept."""
+    """Parse the flags; with --resume or --generate, on top of those of a saved run."""
     now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     device = "cpu"
     if torch.accelerator.is_available():
@@ -796,8 +801,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.description = "Train an Energy-Based GAN. Defaults are in brackets."
     flag = parser.add_argument
     flag("--n_epochs", type=positive, default=200, help="passes over the images [200]")
-    flag("--batch_size", type=positive, default=64, help="images per step [64]")
-    flag("--lr", type=amount, default=2e-3, help="learning rate of both [0.002]")
+    flag("--batch_size", type=positive, default=64, help="per step and process [64]")
+    flag("--lr", type=amount, default=2e-3, help="Adam's learning rate [0.002]")
     flag(
         "--lr_decay", type=amount, default=3e-4, help="lr / (1 + this * step) [0.0003]"
     )
@@ -810,11 +815,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--sample_interval", type=positive, default=400, help="steps per save [400]")
     text = "reconstruction error: norm (paper) or mean square (PyTorch-GAN) [norm]"
     flag("--energy", choices=("norm", "mse"), default="norm", help=text)
-    text = "m of the hinge [norm: 10, scaled from 1 x 32 x 32; mse: 1 up to batch 64]"
+    text = "of the hinge [norm: 10, scaled from 1 x 32 x 32; mse: 1 up to batch 64]"
     flag("--margin", type=amount, help=text)
     text = "weight of the pulling-away term [0.1]"
     flag("--lambda_pt", type=amount, default=0.1, help=text)
-    flag("--noise", type=amount, help="sd of the noise at Enc [norm: 0.3, mse: 0]")
+    flag("--noise", type=amount, help="its std, at D's input [norm: 0.3; mse: 0]")
     flag("--dataset", choices=DATASETS, help="training data [mnist; digits if offline]")
     flag("--data_root", type=full_path, default="data", help="data or pictures [data]")
     text = "a new folder for the run [in runs]"
@@ -828,8 +833,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--generate", type=positive, metavar="N", help="write N images of a run")
     opt = parser.parse_args(argv)
 
-    if opt.resume or opt.generate:  # typed flags win over saved ones
-        saved = load_checkpoint(opt.resume or "newest")
+    if opt.resume is not None or opt.generate:  # typed flags win over saved ones
+        saved = load_checkpoint("newest" if opt.resume is None else opt.resume)
         run_dir, name = os.path.split(saved["path"])
         flags = argparse.Namespace(**saved["flags"])
         if opt.generate:
@@ -842,6 +847,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("argument --img_size: must be a multiple of 4")
     if opt.batch_size == 1:
         parser.error("argument --batch_size: batch normalization needs at least 2")
+    in_place = opt.resume == os.path.join(opt.out_dir, "checkpoint.pt")
+    if os.path.exists(opt.out_dir) and not in_place:
+        parser.error(f"argument --out_dir: {opt.out_dir} exists: name a new folder")
     return opt
 
 
@@ -870,7 +878,7 @@ def main(argv: list[str] | None = None) -> int:
         local_rank = int(os.getenv("LOCAL_RANK", "0"))
         torch.cuda.set_device(local_rank if device.index is None else device.index)
     if opt.amp and device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
-        print("no AVX512_BF16 in this CPU: --amp may be much slower than float32")
+        print("this CPU lacks AVX512_BF16: --amp may be much slower than float32")
     try:
         if opt.generate:
             if RANK == 0:
@@ -880,7 +888,7 @@ def main(argv: list[str] | None = None) -> int:
             backend = "gloo" if device.type == "cpu" else None  # None: the device's own
             torch.distributed.init_process_group(backend)
         flags = [opt]
-        if RANK > 0:  # wait until rank 0 has chosen and downloaded the data
+        if RANK > 0:  # wait for the flags of rank 0, which finds the data first
             torch.distributed.broadcast_object_list(flags)
             opt = flags[0]
         opt.dataset = opt.dataset or default_dataset(opt.data_root)
@@ -891,11 +899,15 @@ def main(argv: list[str] | None = None) -> int:
         if RANK == 0 and WORLD_SIZE > 1:
             torch.distributed.broadcast_object_list(flags)
         train(opt, data)
+        if WORLD_SIZE > 1:
+            torch.distributed.destroy_process_group()
         return 0
     except KeyboardInterrupt:
         if RANK == 0 and Path(opt.out_dir, "checkpoint.pt").exists():
-            command = shlex.join(["python", sys.argv[0], "--resume", opt.out_dir])
-            print(f"stopped; resume with: {command}", file=sys.stderr)
+            torchrun = f"torchrun --nproc_per_node={WORLD_SIZE}"
+            launcher = "python" if WORLD_SIZE == 1 else torchrun
+            command = shlex.join([sys.argv[0], "--resume", opt.out_dir])
+            print(f"stopped; resume with: {launcher} {command}", file=sys.stderr)
         return 130
 
 

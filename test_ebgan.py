@@ -807,18 +807,26 @@ def test_newest_run_is_resumed(copy):
     assert load("runs/ebgan-20300101")["step"] == 31
 
 
-@parametrize("default", [False, True], ids=["typed", "default"])
-def test_two_runs_never_share_a_folder(default, tiny, monkeypatch):
+def test_existing_folder_is_refused_before_data_are_read(copy, monkeypatch):
+    before = (copy / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(ebgan, "load_images", mock.Mock(side_effect=AssertionError))
+    with pytest.raises(SystemExit):
+        ebgan.main(argv({"dataset": "digits", "out_dir": copy}))
+    assert (copy / "checkpoint.pt").read_bytes() == before
+
+
+@parametrize("default", [False, True], ids=["named", "default"])
+def test_two_runs_begun_at_once_never_share_a_folder(default, tiny, data, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda _: "20260101-000000")
     flags = tiny | {"max_steps": 1}
-    if default:  # the second run begins in the same second
+    if default:  # the same second, and as if it were the same process number
         del flags["out_dir"]
-    call(ebgan, flags)
-    (checkpoint,) = Path().rglob("checkpoint.pt")
-    before = checkpoint.read_bytes()
-    with pytest.raises((SystemExit, FileExistsError)):
-        call(ebgan, flags | {"seed": 1})
-    assert [path.read_bytes() for path in Path().rglob("*.pt")] == [before]
+    one, two = (ebgan.parse_args(argv(flags | {"seed": seed})) for seed in (0, 1))
+    ebgan.train(one, data)
+    before = Path(one.out_dir, "checkpoint.pt").read_bytes()
+    with pytest.raises(FileExistsError):
+        ebgan.train(two, data)
+    assert Path(one.out_dir, "checkpoint.pt").read_bytes() == before
 
 
 def test_fault_leaves_the_last_checkpoint(copy, whole, monkeypatch):

@@ -10,8 +10,9 @@ The discriminator is an auto-encoder; an image's energy is its reconstruction er
 
 Not in the paper: noise is added to the input of Enc, but not to the x that the error is
 measured against (disable with --noise 0); the learning rate decays (disable with
---lr_decay 0); samples come from a running mean of G's weights.
+--lr_decay 0); samples and scores use a running mean (EMA) of G's weights.
 This is the pulling-away variant: the generator minimizes L_G + lambda_pt * f_PT.
+To reuse a piece elsewhere, also copy what its docstring says it needs.
 
     python ebgan_pt.py --n_epochs 200 --batch_size 64  train on MNIST or built-in digits
     python ebgan_pt.py --dataset folder --data_root D  train on your own pictures
@@ -190,7 +191,7 @@ def train_step(
 
     Images are in [-1, 1]; noise (of their shape, or 0) is added to D's inputs; amp runs
     the networks in bfloat16. Return the energies of real and of generated images and
-    the embedding of the generated images. Needs the three losses.
+    the embedding of the generated images. Needs the losses above.
     """
     autocast = torch.autocast(real_imgs.device.type, torch.bfloat16, enabled=amp)
 
@@ -232,7 +233,7 @@ def train(opt: argparse.Namespace, data: Data) -> dict[str, float]:
 
     data comes from load_images or is your own (uint8 images). In the log of a healthy
     run, fake_energy is near the margin and hinge_active, the share of generated images
-    below the margin, well between 0 and 1. In a collapse, frechet rises far above
+    below the margin, well away from 0 and 1. In a collapse, frechet rises far above
     real_frechet, score and classes fall, and pullaway approaches 1.
     """
     # setup
@@ -255,14 +256,13 @@ def train(opt: argparse.Namespace, data: Data) -> dict[str, float]:
         options = opt.energy, opt.amp, opt.lambda_pt
         return train_step(*parts, real_imgs, z, noise, margin, *options)
 
-    graphed = imgs.is_cuda and WORLD_SIZE == 1  # False: to print or branch in a step
-    if graphed:
+    if imgs.is_cuda and WORLD_SIZE == 1:  # use False to print or branch in a step
         run_step = GraphedStep(run_step)
     print(f"{opt.out_dir}: at step {run.step} of {last_step}", flush=True)
     first_step, log_step, log_time = run.step + 1, run.step, time.perf_counter()
 
     for step in range(first_step, last_step + 1):
-        # data: draws depend on nothing but seed, step and rank, so runs resume exactly
+        # data: random numbers depend only on seed, step and rank: runs resume exactly
         epoch, i = divmod(step - 1, epoch_steps)
         if i == 0 or step == first_step:
             rng = seeded_rng(opt.seed, "order", epoch, device=device)
@@ -317,7 +317,7 @@ def train(opt: argparse.Namespace, data: Data) -> dict[str, float]:
 
 
 def set_data_flags(opt: argparse.Namespace, data: Data) -> None:
-    """Set the flags that depend on the data, and print what they are."""
+    """Set the flags that depend on the data; print counts and what is lowered."""
     if data.imgs.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, not {data.imgs.dtype}")
     opt.images, opt.channels = data.imgs.shape[:2]
@@ -400,11 +400,11 @@ def average_gradients(optimizer: torch.optim.Optimizer, *_) -> None:
 
 
 class GraphedStep:
-    """A step that is recorded as a CUDA graph on its fourth call, then replayed.
+    """A step that is captured as a CUDA graph on its fourth call, then replayed.
 
     One launch for all kernels: 3.4 times the images/s at batch 64 on an H100. Arguments
-    (tensors or numbers) may change from call to call; all else is fixed when recorded.
-    The Python code, such as a print, isn't run again. The next call overwrites outputs.
+    (tensors or numbers) may change from call to call; all else is fixed when captured.
+    Python code, such as a print, isn't run again. Each replay overwrites the outputs.
     """
 
     def __init__(self, step: Callable):
@@ -427,8 +427,8 @@ class GraphedStep:
             self.inputs = [x.clone() for x in args]
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.outputs = self.step(*self.inputs)
-        for recorded, new in zip(self.inputs, args):
-            recorded.copy_(new)
+        for captured, new in zip(self.inputs, args):
+            captured.copy_(new)
         self.graph.replay()
         return self.outputs
 
@@ -535,7 +535,7 @@ def load_folder(root: str, img_size: int, channels: int | None, n_cpu: int) -> D
         imgs = imgs[:, :1].clone()  # all are grey
     names = [str(path.parent.relative_to(root)) for _, path in loaded]
     classes = sorted(set(names))
-    print(f"{len(classes)} classes, one per folder: {', '.join(classes[:5])}")
+    print(f"{len(classes)} classes, one per folder, first: {', '.join(classes[:5])}")
     labels = torch.tensor([classes.index(names[i]) for i in order])
     n = len(imgs) // 10
     return Data(imgs[n:], labels[n:], imgs[:n])
@@ -556,7 +556,7 @@ def load_images(
             imgs, labels = synthetic_digits(n, img_size, seed=n)
         else:
             name = "FashionMNIST" if dataset == "fashion-mnist" else dataset.upper()
-            with error_note(f"{data_root}: if its {name} is damaged, delete it"):
+            with error_note(f"{data_root}: delete its {name} files if damaged"):
                 split = getattr(datasets, name)(data_root, is_train, download=True)
                 imgs, labels = split.data, torch.as_tensor(split.targets)
                 if len(imgs) != len(labels):
@@ -603,7 +603,7 @@ def run_batched(function: Callable, x: Tensor, device: str, size: int = 64) -> T
 
 
 def train_classifier(imgs: Tensor, labels: Tensor, device: str) -> nn.Sequential:
-    """Fit a network c to uint8 images: c(x) gives logits, c[0](x) features, x in [-1, 1].
+    """Fit c to uint8 images: for x in [-1, 1], c(x) are logits and c[0](x) features.
 
     It is trained on the CPU in float64, so that scores hardly depend on the machine.
     Larger images are downsampled to 32 x 32. With a single class, the features stay
@@ -639,9 +639,9 @@ def evaluate(classifier: nn.Sequential, imgs: Tensor, real: Tensor) -> dict[str,
     """Score images against real ones, in [-1, 1] or uint8, at least 2 of each.
 
     score: I' of the paper, E_x KL(p(y) || p(y|x)), higher is better; frechet: distance
-    between features, lower is better; classes: those predicted at least a tenth as often
-    as for real images. Raise ValueError if images are too few or not finite. Needs
-    run_batched.
+    between features, lower is better; classes: how many are predicted at least a tenth
+    as often as for real images. Raise ValueError if images are too few or not finite.
+    Needs run_batched.
     """
     device = next(classifier.parameters()).device
     features = run_batched(classifier[0], imgs, device)
@@ -734,11 +734,11 @@ def error_note(note: str | Path) -> Iterator[None]:
 
 
 def load_checkpoint(path: str) -> dict:
-    """Load a checkpoint safely (weights only): a file, a run's folder or "newest"."""
+    """Load a checkpoint with weights_only=True: a file, a run's folder or "newest"."""
     if path == "newest":
         path = max(Path("runs").glob(f"{SCRIPT}-[0-9]*/checkpoint.pt"), default=None)
         if path is None:
-            raise FileNotFoundError(f"no run of {SCRIPT}.py in runs: give its folder")
+            raise FileNotFoundError(f"no run of {SCRIPT}.py in runs: use --resume RUN")
     path = full_path(path)
     if os.path.isdir(path):
         path = os.path.join(path, "checkpoint.pt")
@@ -784,7 +784,7 @@ def full_path(text: str) -> str:
 
 
 def default_margin(opt: argparse.Namespace) -> float:
-    """Return the paper's 10, scaled to the image size, or for mse PyTorch-GAN's."""
+    """Return the paper's 10, scaled to the image size, or PyTorch-GAN's 1 for mse."""
     if opt.energy == "mse":
         return max(1.0, opt.batch_size / 64)
     return 10 / 32 * (opt.channels * opt.img_size**2) ** 0.5
@@ -815,11 +815,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--sample_interval", type=positive, default=400, help="steps per save [400]")
     text = "reconstruction error: norm (paper) or mean square (PyTorch-GAN) [norm]"
     flag("--energy", choices=("norm", "mse"), default="norm", help=text)
-    text = "of the hinge [norm: 10, scaled from 1 x 32 x 32; mse: 1 up to batch 64]"
+    text = "hinge margin [norm: 10 at 1 x 32 x 32, scaled; mse: 1 up to batch 64]"
     flag("--margin", type=amount, help=text)
     text = "weight of the pulling-away term [0.1]"
     flag("--lambda_pt", type=amount, default=0.1, help=text)
-    flag("--noise", type=amount, help="its std, at D's input [norm: 0.3; mse: 0]")
+    flag("--noise", type=amount, help="std of noise on D's input [norm: 0.3; mse: 0]")
     flag("--dataset", choices=DATASETS, help="training data [mnist; digits if offline]")
     flag("--data_root", type=full_path, default="data", help="data or pictures [data]")
     text = "a new folder for the run [in runs]"
@@ -828,9 +828,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--device", default=device, help="such as cuda:1 [an accelerator, else cpu]")
     flag("--max_steps", type=positive, default=sys.maxsize, help="stop early [never]")
     flag("--amp", action="store_true", help="compute in bfloat16 [off]")
-    text = "resume a run: its folder or checkpoint [the newest]"
+    text = "resume, or generate from, a run: its folder or checkpoint [the newest]"
     flag("--resume", nargs="?", const="newest", metavar="RUN", help=text)
-    flag("--generate", type=positive, metavar="N", help="write N images of a run")
+    flag("--generate", type=positive, metavar="N", help="write N images from that run")
     opt = parser.parse_args(argv)
 
     if opt.resume is not None or opt.generate:  # typed flags win over saved ones
@@ -839,7 +839,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         flags = argparse.Namespace(**saved["flags"])
         if opt.generate:
             flags.out_dir = f"{run_dir}/generated-{now}"
-        elif name == "checkpoint.pt":  # else it might overwrite a newer one
+        elif name == "checkpoint.pt":  # any other file branches into a new folder
             flags.out_dir = run_dir
         opt = parser.parse_args(argv, flags)
         opt.resume = saved["path"]
@@ -848,7 +848,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if opt.batch_size == 1:
         parser.error("argument --batch_size: batch normalization needs at least 2")
     in_place = opt.resume == os.path.join(opt.out_dir, "checkpoint.pt")
-    if os.path.exists(opt.out_dir) and not in_place:
+    if os.path.exists(opt.out_dir) and (opt.generate or not in_place):
         parser.error(f"argument --out_dir: {opt.out_dir} exists: name a new folder")
     return opt
 

@@ -399,7 +399,7 @@ def test_folder_says_what_it_leaves_out(capsys):
         assert data.imgs.shape == (19, expected, 28, 28)
     out = capsys.readouterr().out
     assert f"skipped {Path('in/broken.png')}" in out
-    assert "21 pictures" in out and "2 classes, one per folder: ., grey" in out
+    assert "21 pictures" in out and "2 classes, one per folder, first: ., grey" in out
     for count in ("1 .gif", "1 no extension", "1 unreadable", "10 hidden"):
         assert count in out
 
@@ -812,6 +812,8 @@ def test_existing_folder_is_refused_before_data_are_read(copy, monkeypatch):
     monkeypatch.setattr(ebgan, "load_images", mock.Mock(side_effect=AssertionError))
     with pytest.raises(SystemExit):
         ebgan.main(argv({"dataset": "digits", "out_dir": copy}))
+    with pytest.raises(SystemExit):
+        ebgan.main(argv({"generate": 1, "resume": copy, "out_dir": copy}))
     assert (copy / "checkpoint.pt").read_bytes() == before
 
 

@@ -544,7 +544,7 @@ def load_folder(root: str, img_size: int, channels: int | None, n_cpu: int) -> D
 def load_images(
     dataset: str, data_root: str, img_size: int, channels: int | None, n_cpu: int = 8
 ) -> Data:
-    """Load a data set (see --dataset), downloading it if it is not in data_root.
+    """Load a dataset (see --dataset), downloading it if it is not in data_root.
 
     Needs Data, error_note and, by dataset, synthetic_digits or load_folder.
     """
